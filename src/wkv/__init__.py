@@ -1,0 +1,54 @@
+"""wkv: the RWKV family of recurrent language models as one library.
+
+>>> import wkv
+>>> model = wkv.create_model("rwkv7", vocab_size=256, hidden_size=64, num_layers=2, head_size=32)
+>>> logits, state = model(tokens)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Loaded on first use, so that `import wkv` touches nothing heavy.
+_PUBLIC = {
+    "State": "wkv.state",
+    "WkvError": "wkv.errors",
+    "list_models": "wkv.registry",
+    "create_model": "wkv.registry",
+    "load_model": "wkv.checkpoints",
+    "save_model": "wkv.checkpoints",
+    "generate": "wkv.inference",
+    "Sampler": "wkv.inference",
+}
+_MODULES = (
+    "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "ops", "registry", "state",
+    "tokenizers", "training",
+)  # fmt: skip
+
+__all__ = [*_PUBLIC, "__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from wkv import checkpoints, data, inference, ops, tokenizers, training
+    from wkv.checkpoints import load_model, save_model
+    from wkv.errors import WkvError
+    from wkv.inference import Sampler, generate
+    from wkv.registry import create_model, list_models
+    from wkv.state import State
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"wkv.{name}")
+    else:
+        raise AttributeError(f"module 'wkv' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

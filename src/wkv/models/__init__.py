@@ -1,0 +1,1 @@
+"""One file per system, to be read from top to bottom as the paper."""

@@ -1,0 +1,214 @@
+"""RWKV-7 "Goose" (arXiv 2503.14456; RWKV-LM `RWKV-v7/train_temp/src/model.py`).
+
+Notable features:
+- a matrix-valued state per head, updated by a generalised delta rule: what is stored under one key is removed before
+  a new value is written, with a decay, a removal strength and a write strength of their own per channel and token;
+- the in-context learning rate `a` (iclr) and the decay `w` come from low-rank maps of the token-shifted input;
+- from the second layer on, values are mixed with the first layer's values (value residual);
+- the bonus of the current token is added after the group norm over heads;
+- the channel mix is a plain squared-ReLU network without receptance gate.
+
+Shape letters: B batch, T time, H heads, N head size, A = H * N attention channels, C channels, F ffn width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wkv.layers import initialisation as init
+from wkv.layers.channel_mix import squared_relu
+from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.norms import HeadNorm, wide
+from wkv.layers.timeline import Timeline
+from wkv.ops import wkv7
+from wkv.registry import register_model
+from wkv.state import LayerState
+
+# The strongest decay is exp(-exp(-1/2)) = 0.545 per token.
+LOG_DECAY_SCALE = -math.exp(-0.5)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RWKV7Config(MultiHeadConfig):
+    """Sizes of an RWKV-7 model; ranks of None follow the official rule for new trainings.
+
+    Args:
+        decay_rank, iclr_rank, value_rank, gate_rank: inner widths of the low-rank maps (Dw, Da, Dv, Dg).
+    """
+
+    decay_rank: int | None = None
+    iclr_rank: int | None = None
+    value_rank: int | None = None
+    gate_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.attention_size is not None
+        root = math.sqrt(self.hidden_size)
+        self.ffn_size = self.ffn_size or 4 * self.hidden_size
+        self.decay_rank = self.decay_rank or low_rank(2.5 * root)
+        self.iclr_rank = self.iclr_rank or low_rank(2.5 * root)
+        self.value_rank = self.value_rank or low_rank(1.7 * root)
+        self.gate_rank = self.gate_rank or low_rank(5 * root)
+
+
+def low_rank(width: float) -> int:
+    """The official rounding of a low-rank width: to a multiple of 32, at least 32."""
+    return max(32, 32 * round(width / 32))
+
+
+class TimeMix(nn.Module):
+    """The delta-rule memory of one layer."""
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        assert config.attention_size is not None
+        self.layer, self.num_layers = layer, config.num_layers
+        self.num_heads, self.head_size = config.num_heads, config.head_size
+        hidden, width = config.hidden_size, config.attention_size
+
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, hidden)))
+        ranks = {"w": config.decay_rank, "a": config.iclr_rank, "v": config.value_rank, "g": config.gate_rank}
+        for name, rank in ranks.items():
+            if name != "g":
+                self.register_parameter(f"{name}0", nn.Parameter(torch.empty(1, 1, width)))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(hidden, rank or 0)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank or 0, width)))
+        self.k_k = nn.Parameter(torch.empty(1, 1, width))
+        self.k_a = nn.Parameter(torch.empty(1, 1, width))
+        self.r_k = nn.Parameter(torch.empty(self.num_heads, self.head_size))
+
+        self.receptance = nn.Linear(hidden, width, bias=False)
+        self.key = nn.Linear(hidden, width, bias=False)
+        self.value = nn.Linear(hidden, width, bias=False)
+        self.output = nn.Linear(width, hidden, bias=False)
+        self.ln_x = HeadNorm(self.num_heads, width, config.head_norm_eps)
+
+    def forward(
+        self, z_BTC: Tensor, carry: dict[str, Tensor], state: LayerState, timeline: Timeline
+    ) -> tuple[Tensor, dict[str, Tensor], LayerState]:
+        """Layer-normed input [B, T, C] -> output [B, T, C], carry with the first layer's values, new state."""
+        shifted_BTC, att_shift = timeline.shift(z_BTC, state["att_shift"])
+        d_BTC = shifted_BTC - z_BTC
+        xr, xw, xk, xv, xa, xg = (
+            torch.addcmul(z_BTC, d_BTC, x) for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        )
+        r_BTA, k_BTA, v_BTA = self.receptance(xr), self.key(xk), self.value(xv)
+        log_w_BTA = LOG_DECAY_SCALE * torch.sigmoid(wide(self.w0) + wide(torch.tanh(xw @ self.w1) @ self.w2))
+        iclr_BTA = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
+        gate_BTA = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.layer == 0:
+            carry = {**carry, "first_value": v_BTA}
+        else:
+            v_BTA = v_BTA + (carry["first_value"] - v_BTA) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+
+        heads = (*z_BTC.shape[:2], self.num_heads, self.head_size)
+        r_BTHN, v_BTHN = r_BTA.view(heads), v_BTA.view(heads)
+        # The removal direction is unit length per head, and made from the key before the key is changed.
+        kk_BTHN = F.normalize(wide(k_BTA * self.k_k).view(heads), dim=-1, eps=1e-12)
+        k_BTHN = (k_BTA * torch.addcmul(1 - self.k_a, iclr_BTA, self.k_a)).view(heads)
+        b_BTHN = kk_BTHN * iclr_BTA.view(heads)
+        y_BTHN, wkv = wkv7(
+            r_BTHN, log_w_BTA.view(heads), k_BTHN, v_BTHN, -kk_BTHN, b_BTHN, state["wkv"],
+            mask=timeline.mask, reset=timeline.reset,
+        )  # fmt: skip
+        bonus_BTH1 = (r_BTHN * k_BTHN * self.r_k).sum(-1, keepdim=True)
+        y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * v_BTHN).flatten(-2)
+        out_BTC = self.output((y_BTA * gate_BTA).to(gate_BTA.dtype))
+        return out_BTC, carry, {"att_shift": att_shift, "wkv": wkv}
+
+    def reset_parameters(self) -> None:
+        """Official initial values (sheet: table of RWKV-7 checkpoint keys)."""
+        hidden, width = self.x_r.shape[-1], self.k_k.shape[-1]
+        rho, eta = init.depth(self.layer, self.num_layers)
+        ramp, line = init.ramp(hidden), init.unit_ramp(width) - 0.5
+        within_head = torch.arange(width, dtype=torch.float64) % self.head_size
+        half = max((self.head_size - 1) / 2, 0.5)
+        s = (within_head - (self.head_size - 1) / 2) / half
+        zigzag = s * s.abs()
+        decay_speed = -6 + 6 * init.unit_ramp(width) ** (1 + rho**0.3)
+        values = {
+            "x_r": 1 - ramp ** (0.2 * eta),
+            "x_w": 1 - ramp ** (0.9 * eta),
+            "x_k": 1 - ramp ** (0.7 * eta),
+            "x_v": 1 - ramp ** (0.7 * eta),
+            "x_a": 1 - ramp ** (0.9 * eta),
+            "x_g": 1 - ramp ** (0.2 * eta),
+            "w0": decay_speed + 0.5 + 2.5 * zigzag,
+            "a0": -0.19 + 0.3 * zigzag + 0.4 * line,
+            "v0": 0.73 - 0.4 * line,
+            "k_k": 0.71 - 0.1 * line,
+            "k_a": torch.full((width,), 1.02),
+            "r_k": torch.full((width,), -0.04),
+        }
+        for name, value in values.items():
+            parameter = getattr(self, name)
+            parameter.copy_(value.reshape(parameter.shape))
+        for name in "wavg":
+            nn.init.zeros_(getattr(self, f"{name}1"))
+            up = getattr(self, f"{name}2")
+            nn.init.orthogonal_(up, init.tall_gain(up, 0.1))
+        for linear, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0), (self.output, 0.0)):
+            init.orthogonal_(linear.weight, gain)
+        nn.init.constant_(self.ln_x.weight, ((1 + self.layer) / self.num_layers) ** 0.7)
+        nn.init.zeros_(self.ln_x.bias)
+
+
+class ChannelMix(nn.Module):
+    """out = W_v relu(W_k x_k)^2."""
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        assert config.ffn_size is not None
+        self.layer, self.num_layers = layer, config.num_layers
+        self.x_k = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.key = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.value = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, z_BTC: Tensor, carry: dict[str, Tensor], state: LayerState, timeline: Timeline
+    ) -> tuple[Tensor, LayerState]:
+        """Layer-normed input [B, T, C] -> output [B, T, C] and new state."""
+        shifted_BTC, ffn_shift = timeline.shift(z_BTC, state["ffn_shift"])
+        k_BTF = self.key(torch.addcmul(z_BTC, shifted_BTC - z_BTC, self.x_k))
+        return self.value(squared_relu(k_BTF)), {"ffn_shift": ffn_shift}
+
+    def reset_parameters(self) -> None:
+        """Official initial values."""
+        _, eta = init.depth(self.layer, self.num_layers)
+        self.x_k.copy_((1 - init.ramp(self.x_k.shape[-1]) ** (eta**4)).reshape(1, 1, -1))
+        init.orthogonal_(self.key.weight, 1.0)
+        init.orthogonal_(self.value.weight, 0.0)
+
+
+PRESETS = {
+    "0.1b": {"num_layers": 12, "hidden_size": 768, "vocab_size": 65536,
+             "decay_rank": 64, "iclr_rank": 64, "value_rank": 32, "gate_rank": 128},
+    "0.4b": {"num_layers": 24, "hidden_size": 1024, "vocab_size": 65536,
+             "decay_rank": 64, "iclr_rank": 64, "value_rank": 32, "gate_rank": 128},
+    "1.5b": {"num_layers": 24, "hidden_size": 2048, "vocab_size": 65536,
+             "decay_rank": 96, "iclr_rank": 96, "value_rank": 64, "gate_rank": 256},
+    "2.9b": {"num_layers": 32, "hidden_size": 2560, "vocab_size": 65536,
+             "decay_rank": 96, "iclr_rank": 96, "value_rank": 64, "gate_rank": 320},
+    "7.2b": {"num_layers": 32, "hidden_size": 4096, "vocab_size": 65536,
+             "decay_rank": 128, "iclr_rank": 128, "value_rank": 96, "gate_rank": 480},
+}  # fmt: skip
+
+
+@register_model("rwkv7", RWKV7Config, PRESETS)
+class RWKV7(MatrixStateModel):
+    """RWKV-7 language model."""
+
+    name = "rwkv7"
+    learning_rate_factors = {"att.w0": 2.0}  # noqa: RUF012
+
+    def build_block(self, config: Any, layer: int) -> Block:
+        """Time mix and channel mix of one layer."""
+        return Block(config, layer, TimeMix(config, layer), ChannelMix(config, layer))

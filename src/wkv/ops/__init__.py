@@ -1,0 +1,9 @@
+"""Recurrences as pure functions. Time comes first: [B, T, ...]; every operator returns `(y, state)`, states in float32."""
+
+from wkv.ops.dispatch import Backend, BackendStatus, backends, register, use_backend
+from wkv.ops.wkv4 import wkv4
+from wkv.ops.wkv5 import wkv5
+from wkv.ops.wkv6 import wkv6
+from wkv.ops.wkv7 import wkv7
+
+__all__ = ["Backend", "BackendStatus", "backends", "register", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]

@@ -1,0 +1,102 @@
+"""One small dispatcher: which backend runs an operator, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wkv.errors import WkvError
+
+# Fastest first. A backend that cannot run on the tensors at hand is passed over.
+PRIORITY = ("triton", "native", "chunked", "reference")
+
+_forced: list[str] = []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    `unusable(device)` returns None where the backend can run, else the reason in words.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    unusable: Callable[[torch.device], str | None] = lambda device: None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `backends()` reports: `reason` says why a backend is not usable (empty if it is)."""
+
+    name: str
+    usable: bool
+    reason: str = ""
+
+
+_operators: dict[str, dict[str, Backend]] = {}
+
+
+def register(operator: str, backend: Backend) -> None:
+    """Add `backend` to `operator`; a later registration under the same name replaces the earlier one."""
+    if backend.name not in PRIORITY:
+        raise WkvError(f"backend {backend.name!r} is unknown; one of {', '.join(PRIORITY)}")
+    _operators.setdefault(operator, {})[backend.name] = backend
+
+
+def backends(operator: str, device: str | torch.device = "cpu") -> list[BackendStatus]:
+    """The backends of `operator` ("wkv7", ...) on `device`, fastest first, usable or not and why."""
+    table = _table(operator)
+    statuses = []
+    for name in PRIORITY:
+        reason = table[name].unusable(torch.device(device)) if name in table else "not part of this installation"
+        statuses.append(BackendStatus(name, reason is None, reason or ""))
+    return statuses
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every operator called inside the `with` block.
+
+    Raises:
+        WkvError: if `name` is no backend; a backend that cannot run raises when an operator is called.
+    """
+    if name not in PRIORITY:
+        raise WkvError(f"backend {name!r} is unknown; one of {', '.join(PRIORITY)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def select(operator: str, tensor: Tensor) -> Callable[..., Any]:
+    """The function that runs `operator` on tensors like `tensor` [B, T, ...]."""
+    table = _table(operator)
+    if _forced:
+        return _forced_backend(operator, table, tensor.device)
+    # One token is one step of the recurrence: the equation itself is the fastest torch form.
+    order = ("native", "triton", "reference") if tensor.shape[1] == 1 else PRIORITY
+    for name in order:
+        if name in table and table[name].unusable(tensor.device) is None:
+            return table[name].function
+    raise WkvError(f"no backend of {operator} runs on {tensor.device}")
+
+
+def _forced_backend(operator: str, table: dict[str, Backend], device: torch.device) -> Callable[..., Any]:
+    name = _forced[-1]
+    reason = table[name].unusable(device) if name in table else "not part of this installation"
+    if reason is not None:
+        raise WkvError(f"backend {name!r} of {operator} cannot run on {device}: {reason}")
+    return table[name].function
+
+
+def _table(operator: str) -> dict[str, Backend]:
+    if operator not in _operators:
+        raise WkvError(f"operator {operator!r} is unknown; one of {', '.join(sorted(_operators))}")
+    return _operators[operator]
