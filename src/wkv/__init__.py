@@ -31,12 +31,20 @@ _MODULES = (
 __all__ = [*_PUBLIC, "__version__", *_MODULES]
 
 if TYPE_CHECKING:
-    from wkv import checkpoints, data, inference, ops, tokenizers, training
-    from wkv.checkpoints import load_model, save_model
-    from wkv.errors import WkvError
-    from wkv.inference import Sampler, generate
-    from wkv.registry import create_model, list_models
-    from wkv.state import State
+    from wkv import checkpoints as checkpoints
+    from wkv import data as data
+    from wkv import inference as inference
+    from wkv import ops as ops
+    from wkv import tokenizers as tokenizers
+    from wkv import training as training
+    from wkv.checkpoints import load_model as load_model
+    from wkv.checkpoints import save_model as save_model
+    from wkv.errors import WkvError as WkvError
+    from wkv.inference import Sampler as Sampler
+    from wkv.inference import generate as generate
+    from wkv.registry import create_model as create_model
+    from wkv.registry import list_models as list_models
+    from wkv.state import State as State
 
 
 def __getattr__(name: str) -> Any:

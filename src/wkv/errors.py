@@ -1,4 +1,7 @@
-"""The errors `wkv` raises on bad input. All are `ValueError`s that say what was found, what was expected, what to do."""
+"""The errors `wkv` raises on bad input.
+
+All are `ValueError`s that say what was found, what was expected and what to do.
+"""
 
 from __future__ import annotations
 

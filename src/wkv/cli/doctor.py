@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import sys
 from typing import Any
 
 import typer
@@ -89,5 +88,3 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(operator, status["name"], mark, status["reason"])
             operator = ""
     console.print(table)
-    if sys.version_info < (3, 11):
-        console.print("[red]wkv needs Python 3.11 or newer[/]")

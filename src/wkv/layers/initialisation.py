@@ -32,14 +32,20 @@ def zigzag(channels: int) -> Tensor:
     return (torch.arange(channels, dtype=torch.float64) + 1) % 3 - 1
 
 
-def row(values: Tensor) -> nn.Parameter:
-    """A parameter of the official shape [1, 1, C]."""
-    return nn.Parameter(values.to(torch.get_default_dtype()).reshape(1, 1, -1))
+def blank(*shape: int) -> nn.Parameter:
+    """A parameter whose value comes later, from `reset_parameters` or from a file."""
+    return nn.Parameter(torch.empty(shape))
 
 
-def vector(values: Tensor) -> nn.Parameter:
-    """A parameter with the shape of `values`."""
-    return nn.Parameter(values.to(torch.get_default_dtype()).clone())
+def low_rank_map(inputs: int, rank: int | None, outputs: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """Blank bias [1, 1, outputs] and factors [inputs, rank], [rank, outputs], used as bias + f(x @ first) @ second."""
+    assert rank is not None
+    return blank(1, 1, outputs), blank(inputs, rank), blank(rank, outputs)
+
+
+def fill_(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter to `values`, given flat or in any shape of as many values."""
+    parameter.copy_(values.reshape(parameter.shape))
 
 
 def orthogonal_(matrix: Tensor, gain: float) -> None:

@@ -6,6 +6,7 @@ Shape letters: B batch, T time, C channels, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,24 +41,25 @@ class LanguageModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_field(field, getattr(self, field.name))
         if self.attention_size is None:
             self.attention_size = self.hidden_size
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_eps"):
-                if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                    raise WkvError(f"{field.name} must be a positive number, found {value!r}")
-            elif "int" in str(field.type) and value is not None:
-                self._check_size(field.name, value)
-
-    @staticmethod
-    def _check_size(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise WkvError(f"{name} must be a positive integer, found {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, sizes filled in."""
         return dataclasses.asdict(self)
+
+
+def check_field(field: dataclasses.Field[Any], value: object) -> None:
+    """Sizes are positive integers (or None where the official rule can fill them in), eps are positive numbers."""
+    if value is None and field.default is None:
+        return
+    if field.name.endswith("_eps"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise WkvError(f"{field.name} must be a positive number, found {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise WkvError(f"{field.name} must be a positive integer, found {value!r}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,8 +78,8 @@ class MultiHeadConfig(LanguageModelConfig):
         super().__post_init__()
         assert self.attention_size is not None
         if self.attention_size % self.head_size:
-            hint = "choose a head_size that divides it"
-            raise WkvError(f"attention_size {self.attention_size} is not a multiple of head_size {self.head_size}: {hint}")
+            found = f"attention_size {self.attention_size} is not a multiple of head_size {self.head_size}"
+            raise WkvError(f"{found}; choose a head_size that divides it")
 
     @property
     def num_heads(self) -> int:
@@ -133,7 +135,8 @@ class LanguageModel(nn.Module):
 
     name: ClassVar[str]
     # Recipe: parts of parameter names -> factor on the learning rate; the first that matches counts.
-    learning_rate_factors: ClassVar[dict[str, float]] = {}
+    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+    blocks: Any  # nn.ModuleList of Block
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -250,8 +253,8 @@ class LanguageModel(nn.Module):
 
     def _check_inputs(self, tokens: Tensor, mask: Tensor | None, reset: Tensor | None) -> None:
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.numel() == 0:
-            found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise WkvError(f"tokens must be a non-empty int64 tensor [B, T], found {found}")
+            kind = str(list(tokens.shape)) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise WkvError(f"tokens must be a non-empty int64 tensor [B, T], found {kind}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise WkvError(f"tokens must be int64, found {tokens.dtype}")
         if not torch.compiler.is_compiling() and tokens.device.type == "cpu":

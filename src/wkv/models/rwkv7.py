@@ -73,17 +73,14 @@ class TimeMix(nn.Module):
         self.num_heads, self.head_size = config.num_heads, config.head_size
         hidden, width = config.hidden_size, config.attention_size
 
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
-            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, hidden)))
-        ranks = {"w": config.decay_rank, "a": config.iclr_rank, "v": config.value_rank, "g": config.gate_rank}
-        for name, rank in ranks.items():
-            if name != "g":
-                self.register_parameter(f"{name}0", nn.Parameter(torch.empty(1, 1, width)))
-            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(hidden, rank or 0)))
-            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank or 0, width)))
-        self.k_k = nn.Parameter(torch.empty(1, 1, width))
-        self.k_a = nn.Parameter(torch.empty(1, 1, width))
-        self.r_k = nn.Parameter(torch.empty(self.num_heads, self.head_size))
+        self.x_r, self.x_w, self.x_k = (init.blank(1, 1, hidden) for _ in range(3))
+        self.x_v, self.x_a, self.x_g = (init.blank(1, 1, hidden) for _ in range(3))
+        self.w0, self.w1, self.w2 = init.low_rank_map(hidden, config.decay_rank, width)
+        self.a0, self.a1, self.a2 = init.low_rank_map(hidden, config.iclr_rank, width)
+        self.v0, self.v1, self.v2 = init.low_rank_map(hidden, config.value_rank, width)
+        _, self.g1, self.g2 = init.low_rank_map(hidden, config.gate_rank, width)
+        self.k_k, self.k_a = init.blank(1, 1, width), init.blank(1, 1, width)
+        self.r_k = init.blank(self.num_heads, self.head_size)
 
         self.receptance = nn.Linear(hidden, width, bias=False)
         self.key = nn.Linear(hidden, width, bias=False)
@@ -125,7 +122,7 @@ class TimeMix(nn.Module):
         return out_BTC, carry, {"att_shift": att_shift, "wkv": wkv}
 
     def reset_parameters(self) -> None:
-        """Official initial values (sheet: table of RWKV-7 checkpoint keys)."""
+        """Official initial values."""
         hidden, width = self.x_r.shape[-1], self.k_k.shape[-1]
         rho, eta = init.depth(self.layer, self.num_layers)
         ramp, line = init.ramp(hidden), init.unit_ramp(width) - 0.5
@@ -149,8 +146,7 @@ class TimeMix(nn.Module):
             "r_k": torch.full((width,), -0.04),
         }
         for name, value in values.items():
-            parameter = getattr(self, name)
-            parameter.copy_(value.reshape(parameter.shape))
+            init.fill_(getattr(self, name), value)
         for name in "wavg":
             nn.init.zeros_(getattr(self, f"{name}1"))
             up = getattr(self, f"{name}2")
@@ -168,7 +164,7 @@ class ChannelMix(nn.Module):
         super().__init__()
         assert config.ffn_size is not None
         self.layer, self.num_layers = layer, config.num_layers
-        self.x_k = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.x_k = init.blank(1, 1, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
         self.value = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
@@ -183,7 +179,7 @@ class ChannelMix(nn.Module):
     def reset_parameters(self) -> None:
         """Official initial values."""
         _, eta = init.depth(self.layer, self.num_layers)
-        self.x_k.copy_((1 - init.ramp(self.x_k.shape[-1]) ** (eta**4)).reshape(1, 1, -1))
+        init.fill_(self.x_k, 1 - init.ramp(self.x_k.shape[-1]) ** (eta**4))
         init.orthogonal_(self.key.weight, 1.0)
         init.orthogonal_(self.value.weight, 0.0)
 
