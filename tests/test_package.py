@@ -80,3 +80,16 @@ def test_errors_are_one_line(tmp_path) -> None:
     assert process.returncode == 1
     assert "missing.pth" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_brackets_in_errors_are_shown(monkeypatch, capsys) -> None:
+    """Error texts are shown as they are, also where they look like markup."""
+    import wkv.cli
+
+    def fail() -> None:
+        raise wkv.WkvError('tokens must be [B, T]; run pip install "wkv[train]"')
+
+    monkeypatch.setattr(wkv.cli, "app", fail)
+    with pytest.raises(SystemExit):
+        wkv.cli.main()
+    assert capsys.readouterr().err == 'error: tokens must be [B, T]; run pip install "wkv[train]"\n'

@@ -121,3 +121,12 @@ def test_a_foreign_file_is_not_a_state(tmp_path) -> None:
         wkv.State.load(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no such"):
         wkv.State.load(tmp_path / "missing.safetensors")
+
+
+def test_saving_into_nowhere_is_one_clear_error(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="no folder"):
+        make()[1].save(tmp_path / "missing" / "s.safetensors")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        make()[1].save(tmp_path / "taken")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -108,19 +107,27 @@ class State:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one safetensors file; the file appears only when it is complete."""
+        """Write the state to one safetensors file; the file appears only when it is complete.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
         tensors = {f"{i}.{name}": tensor.detach().cpu().contiguous() for i, name, tensor in self._tensors()}
         header = {"wkv_state": json.dumps({"model": self.model, "layers": len(self.layers)})}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             save_file(tensors, temporary, header)
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> State:
