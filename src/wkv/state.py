@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wkv.errors import CheckpointError, WkvError
+from wkv.files import replacing
 
 LayerState = dict[str, Tensor]
 
@@ -120,14 +121,11 @@ class State:
             raise CheckpointError(f"{path} cannot be written: there is no folder {path.parent}")
         tensors = {f"{i}.{name}": tensor.detach().cpu().contiguous() for i, name, tensor in self._tensors()}
         header = {"wkv_state": json.dumps({"model": self.model, "layers": len(self.layers)})}
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
-            save_file(tensors, temporary, header)
-            os.replace(temporary, path)
+            with replacing([path]) as [temporary]:
+                save_file(tensors, temporary, header)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> State:

@@ -123,7 +123,7 @@ def generate(
         max_tokens: at most so many new tokens per prompt; 0 only reads the prompt.
         sampler: how tokens are chosen; None draws from the model's own distribution.
         state: go on from this state (one sequence per prompt). None starts from `model.tuned_state` if the model has
-            that attribute (a `State` of one sequence), else from the empty past.
+            one, else from the empty past.
         stream: return an iterator over the text as it is generated.
         tokenizer: an object, a name or a path; None takes the model's own, else the one its vocabulary size tells.
         stop: text that ends the generation; it may spread over several tokens and is not part of the result.
@@ -166,7 +166,7 @@ def starting_state(model: LanguageModel, state: State | None, batch_size: int) -
     Raises:
         WkvError: if the state belongs to another model, device or batch size.
     """
-    tuned = getattr(model, "tuned_state", None)
+    tuned = model.tuned_state
     template = model.init_state(1)
     if state is None and tuned is not None:
         check_compatible(tuned, template, batch_size=1)

@@ -131,6 +131,7 @@ class LanguageModel(nn.Module):
         config: the model's sizes.
         gradient_checkpointing: recompute each block in the backward pass to save memory (off by default).
         tokenizer: the tokenizer the model was trained with, or None.
+        tuned_state: an initial state of one sequence that state tuning found, or None; generation starts from it.
     """
 
     name: ClassVar[str]
@@ -147,6 +148,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.tokenizer: Any = None
+        self.tuned_state: State | None = None
         self._state_template = self.init_state(1, device="meta")
         if not self.emb.weight.is_meta:  # a model built on the meta device is about to be loaded
             self.reset_parameters()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wkv.errors import TokenizerError
+from wkv.files import replacing
 from wkv.tokenizers import tokenizer_json
 from wkv.tokenizers.base import TableTokenizer, as_bytes
 from wkv.tokenizers.tokenizer_json import END_OF_TEXT
@@ -94,15 +95,11 @@ class BPETokenizer(TableTokenizer):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a tokenizer.json, readable by `load` and by the `tokenizers` library; all of it or nothing."""
-        target = Path(path)
-        temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
         try:
-            temporary.write_text(self._definition(), encoding="utf-8")
-            os.replace(temporary, target)
+            with replacing([Path(path)]) as [temporary]:
+                temporary.write_text(self._definition(), encoding="utf-8")
         except OSError as error:
             raise TokenizerError(f"cannot write the tokenizer file {path}: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def encode(self, text: str | bytes, special: bool = False) -> list[int]:
         """Ids of a text or of any bytes; bytes that are not UTF-8 (and lone surrogates) become their single-byte ids.

@@ -1,0 +1,129 @@
+"""`load_model`: any checkpoint, told what it is by its contents alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wkv.checkpoints.archive import FLOATS, Stored, type_name
+from wkv.checkpoints.files import Source, open_archive
+from wkv.checkpoints.recognise import Checkpoint, build, compare, fits, recognise
+from wkv.errors import TokenizerError, WkvError
+from wkv.layers.language_model import LanguageModel
+from wkv.state import State
+
+
+def load_model(
+    source: Source, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, **overrides: Any
+) -> LanguageModel:
+    """Load any checkpoint; version and sizes are read from its keys and shapes.
+
+    Args:
+        source: a .pth or .safetensors file, a folder of shards, an rwkv.cpp .bin file, a list of shard files, or a
+            state dict (whose tensors are copied).
+        dtype: type of all parameters; by default the type of the file's large matrices, for all parameters.
+        device: where to put them; the CPU by default.
+        overrides: configuration fields that no file tells: norm_eps, head_norm_eps.
+
+    Returns:
+        The model in evaluation mode, its parameters trainable. `model.tokenizer` is the tokenizer if the file has
+        one; `model.tuned_state` the initial state (batch of 1) if state tuning stored one in the file, else None.
+
+    Raises:
+        CheckpointError: if the file is truncated, foreign or inconsistent, or an override contradicts it.
+        WkvError: for an unknown override, type or device.
+    """
+    dtype, device = parse_dtype(dtype), _device(device)
+    checkpoint = recognise(open_archive(source))
+    model = build(checkpoint, overrides)
+    problems = compare(checkpoint, model)
+    if problems:
+        raise checkpoint.archive.error(f"recognised as {checkpoint.title}, but {problems}")
+    place = functools.partial(_materialise, dtype=dtype or checkpoint.dtype, device=device)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    tuned, tokenizer = _tuned_state(checkpoint, model, place), read_tokenizer(checkpoint)
+    model.load_state_dict({key: place(checkpoint.tensors[key], shape) for key, shape in shapes.items()}, assign=True)
+    model.tokenizer = tokenizer
+    model.tuned_state = tuned
+    return model.eval()
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating type, given as torch's or by name ("bfloat16").
+
+    Raises:
+        WkvError: for any other.
+    """
+    names = {type_name(known): known for known in FLOATS}
+    found = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is not None and found not in FLOATS:
+        raise WkvError(f"dtype {dtype!r} is not one of {', '.join(names)}")
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WkvError(f"device {device!r} cannot be used: {reason}") from error
+
+
+def _materialise(stored: Stored, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor with memory of its own."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    return result.copy_(stored.read().reshape(shape))
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer stored beside the weights, or None.
+
+    Raises:
+        CheckpointError: if its description cannot be read.
+    """
+    if checkpoint.tokenizer is None:
+        return None
+    from wkv import tokenizers
+
+    try:
+        return tokenizers.from_dict(checkpoint.tokenizer)
+    except TokenizerError as error:
+        raise checkpoint.archive.error(f"its tokenizer cannot be read: {error}") from error
+
+
+_TUNED_SLOTS = {"att.time_state": "wkv", "att.ts_state": "att_shift", "ffn.ts_state": "ffn_shift"}
+
+
+def _tuned_state(checkpoint: Checkpoint, model: LanguageModel, place: Any) -> State | None:
+    """The tuned initial state as a `State` of one sequence; what was not tuned is zero.
+
+    The files keep [H, N_value, N_key] for every version, as `State` does, so nothing is transposed.
+    """
+    tuned = dict(checkpoint.tuned)
+    if not tuned:
+        return None
+    state = model.init_state(1, device=place.keywords["device"], dtype=place.keywords["dtype"])
+    names = sorted({key.split(".", 2)[2] for key in tuned})
+    for layer, values in enumerate(state.layers):
+        for name in names:
+            key, slot = f"blocks.{layer}.{name}", _TUNED_SLOTS[name]
+            values[slot] = _tuned_tensor(checkpoint, key, tuned.pop(key, None), values.get(slot), place)
+    for key in tuned:
+        raise checkpoint.archive.error(f"unexpected {key}: the model has {len(state.layers)} layers")
+    return state
+
+
+def _tuned_tensor(checkpoint: Checkpoint, key: str, stored: Stored | None, blank: Tensor | None, place: Any) -> Tensor:
+    error = checkpoint.archive.error
+    if stored is None:
+        raise error(f"missing {key}: other layers have a tuned state, this one has none")
+    if blank is None:
+        raise error(f"unexpected {key}: {checkpoint.title} has no such state")
+    if stored.dtype is None or not fits(stored.shape, tuple(blank.shape)):
+        found = f"shape {list(stored.shape)} and type {stored.kind}"
+        raise error(f"{key} has {found}, expected floating numbers {list(blank.shape[1:])}")
+    result: Tensor = place(stored, blank.shape, dtype=blank.dtype)
+    return result
