@@ -256,14 +256,14 @@ def test_a_tuned_state_is_the_start_unless_a_state_is_given() -> None:
     tuned = generate(model, "prefix that was tuned in", 0).state
     expected = generate(model, " go", 6, Sampler(temperature=0), tuned)
     plain = generate(model, " go", 6, Sampler(temperature=0), model.init_state(1))
-    object.__setattr__(model, "tuned_state", tuned)
+    model.tuned_state = tuned
     try:
         assert generate(model, " go", 6, Sampler(temperature=0)).logprobs == expected.logprobs
         batch = generate(model, [" go", " stop it"], 6, Sampler(temperature=0))
         assert batch[0].tokens == expected.tokens
         assert generate(model, " go", 6, Sampler(temperature=0), model.init_state(1)).logprobs == plain.logprobs
     finally:
-        object.__delattr__(model, "tuned_state")
+        model.tuned_state = None
 
 
 def test_the_models_mode_and_the_callers_gradients_are_untouched() -> None:
