@@ -1,4 +1,4 @@
-"""Recurrences as pure functions. Time comes first: [B, T, ...]; every operator returns `(y, state)`, states in float32."""
+"""Recurrences as pure functions, time first: [B, T, ...]. Every operator returns `(y, state)`, states in float32."""
 
 from wkv.ops.dispatch import Backend, BackendStatus, backends, register, use_backend
 from wkv.ops.wkv4 import wkv4
