@@ -1,4 +1,4 @@
-# make demo   train a small RWKV-7 on real text and read what it writes
+# make demo   train a small RWKV-7 on real text and read what it writes (DEMO="..." passes arguments on)
 # make test   lint, types and the whole test suite
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint format install docs clean
 
 demo: $(VENV)/.train
-	$(BIN)/wkv demo
+	$(BIN)/wkv demo $(DEMO)
 
 test: lint
 	$(BIN)/python -m pytest

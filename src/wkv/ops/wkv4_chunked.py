@@ -31,7 +31,7 @@ from torch import Tensor
 from wkv.ops import common
 
 CHUNK = 16  # tokens per chunk; 8, 16 and 32 measure alike for T of a few hundred to a few thousand
-EMPTY = -1e30  # logarithm of nothing; see wkv4
+EMPTY = -1e30  # the logarithm of nothing: exp(EMPTY - x) is 0 for every x that occurs, and no infinity turns into NaN
 
 
 class Tokens(NamedTuple):

@@ -90,12 +90,12 @@ def reference(
     S_BHVK = r.new_zeros(batch, heads, size, size) if state is None else state.to(dtype)
     decay, bonus = log_w.exp(), (r * u * k).sum(-1, keepdim=True) * v
     outputs = []
-    with torch.autocast(r.device.type, enabled=False):
-        for t in range(length):
-            if reset is not None:
-                S_BHVK = S_BHVK.masked_fill(reset[:, t, None, None, None], 0)
-            outputs.append((S_BHVK @ r[:, t, :, :, None]).squeeze(-1) + bonus[:, t])
-            S_BHVK = S_BHVK * decay[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+    for t in range(length):
+        if reset is not None:
+            S_BHVK = S_BHVK.masked_fill(reset[:, t, None, None, None], 0)
+        # A product and a sum, not `@`: faster for single vectors on CPU, and autocast leaves it in full precision.
+        outputs.append((S_BHVK * r[:, t, :, None, :]).sum(-1) + bonus[:, t])
+        S_BHVK = S_BHVK * decay[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
     return torch.stack(outputs, 1).to(y_dtype), S_BHVK
 
 

@@ -93,7 +93,7 @@ def _forward_fake(
     reset: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, time, heads, size = r.shape
+    batch, _, heads, size = r.shape
     final = r.new_empty(batch, heads, size, size, dtype=common.compute_dtype(r, log_w, k, v, a, b, state))
     # One leading dimension, never 1 in practice: export with symbolic sizes asks whether a dimension is 1.
     count = torch.sym_max(1, _plan(r.shape, r.device).segment_count) * batch * heads if keep else 0

@@ -250,7 +250,7 @@ def differentiate(arena: Arena, segment: _Segment, dy: Tensor | None, D: Tensor,
     else:
         dY.copy_(to_chunks(padded(dy, L), L))
     dX, dK, dQ = dX.view_as(X), dK.view_as(X), dQ.view_as(X)
-    _scan_back(arena, segment, dX, D, dS, dV)
+    _scan_back(arena, segment, dX, D, dS)
     S_M, dS_M = S.flatten(0, 1), dS.flatten(0, 1)
     torch.bmm(segment.A[:, :, :L].mT, dX, out=dV).baddbmm_(segment.K_state[:, :L], dS_M.mT)
     torch.bmm(dX, S_M, out=dQ)
@@ -268,12 +268,12 @@ def differentiate(arena: Arena, segment: _Segment, dy: Tensor | None, D: Tensor,
     _store_gradients(segment, dQ, dK, dV, crossing.view(n, B, H, N), grads)
 
 
-def _scan_back(arena: Arena, segment: _Segment, dX: Tensor, D: Tensor, dS: Tensor, spare: Tensor) -> None:
+def _scan_back(arena: Arena, segment: _Segment, dX: Tensor, D: Tensor, dS: Tensor) -> None:
     """The chain over chunks, backwards: fills dZ in dX and the gradients dS of every S'; D goes from end to start."""
     n, L = len(segment.S), segment.W.shape[-1]
-    WT, (from_values, from_state) = segment.W.mT, segment.spare
-    torch.bmm(WT, torch.bmm(segment.A[:, :L, L:].mT, dX[:, :L], out=spare), out=from_values)
-    torch.bmm(WT, segment.K_state[:, L:], out=from_state)
+    W, (from_values, from_state) = segment.W, segment.spare
+    torch.bmm(torch.bmm(segment.A[:, :L, L:], W).mT, dX[:, :L], out=from_values)
+    torch.bmm(W.mT, segment.K_state[:, L:], out=from_state)
     from_values_n, from_state_n, dZ_n = (_per_chunk(x, n) for x in (from_values, from_state, dX[:, L:]))
     dXT_n, Q_n = _per_chunk(dX.mT, n), _per_chunk(segment.Q_state, n)
     dS_n, dST_n, scale_n = dS.unbind(), dS.mT.unbind(), segment.scale.unbind()

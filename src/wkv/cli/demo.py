@@ -1,0 +1,103 @@
+"""`wkv demo`: train a small RWKV-7 on real text in a minute and a half and read what it writes."""
+
+from __future__ import annotations
+
+import lzma
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from wkv.training import Recipe, Result
+
+PROMPT = "The state of the Union is"
+
+
+def demo(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe `demo`.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    prompt: Annotated[str, typer.Option(help="What the model is to continue.")] = PROMPT,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo in the run folder.")] = False,
+) -> None:
+    """Train a small RWKV-7 on the State of the Union speeches, compare it with xz, and let it write.
+
+    Takes about two minutes on two CPU cores. An interrupted demo goes on where it stopped when it is called again.
+    """
+    from rich.console import Console
+
+    from wkv.cli.train import report, run, say
+    from wkv.training import read_result
+
+    console = Console(soft_wrap=True)
+    if fresh:
+        _remove(out)
+    result = read_result(out)
+    if result is None:
+        recipe, resume = _plan(out, overrides or [])
+        result = run(recipe, out, resume)
+        _compare(console, recipe, result)
+    else:
+        say(console, f"The demo in {out} is finished; `wkv demo --fresh` deletes it and trains again.")
+        report(console, result)
+    _write(console, result, prompt)
+    _next(console, result)
+
+
+def _plan(out: Path, overrides: list[str]) -> tuple[Recipe, bool]:
+    """The recipe, and whether a run is under way."""
+    from wkv.training import load_recipe, resume_recipe
+
+    if (out / "recipe.yaml").is_file():
+        return resume_recipe(out, overrides), True
+    return load_recipe("demo", overrides), False
+
+
+def _remove(out: Path) -> None:
+    """Delete a run folder, and nothing that is not one."""
+    from wkv.errors import WkvError
+
+    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").is_file():
+        raise WkvError(f"{out} is not a run folder (there is no recipe.yaml in it); delete it yourself or choose --out")
+    if out.is_dir():
+        shutil.rmtree(out)
+
+
+def _compare(console: Console, recipe: Recipe, result: Result) -> None:
+    from wkv.cli.train import say
+    from wkv.data import load_documents, split_held_out
+
+    documents = load_documents(recipe.data.source)
+    _, held_out = split_held_out(documents, recipe.data.held_out_every, recipe.data.held_out_fraction)
+    text = b"".join(document.text.encode() for document in held_out)
+    packed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    say(console, f"            {packed:.3f} bits per byte for xz -9e on the same text")
+
+
+def _write(console: Console, result: Result, prompt: str) -> None:
+    """Stream a continuation of the prompt."""
+    import wkv
+    from wkv.cli.train import say
+
+    model = wkv.load_model(result.model)
+    say(console, "")
+    console.print(prompt, end="", highlight=False, markup=False, style="bold")
+    for piece in wkv.generate(
+        model, prompt, max_tokens=120, sampler=wkv.Sampler(temperature=0.8, top_p=0.9), seed=1, stream=True
+    ):
+        console.print(piece, end="", highlight=False, markup=False)
+    console.print("\n")
+
+
+def _next(console: Console, result: Result) -> None:
+    from wkv.cli.train import say
+
+    say(console, "next")
+    say(console, f'  wkv generate {shlex.quote(result.model)} "My fellow citizens,"   # let it write more')
+    say(console, "  wkv train your-book.txt" + " " * 34 + "# train on your own text")

