@@ -1,6 +1,6 @@
 """Forward + backward of wkv4, wkv5 and wkv6: the chunked form against the token-by-token reference, on this CPU.
 
-    python benchmarks/wkv456_chunked_vs_reference.py [--pairs 7] [--output benchmarks/results/...json]
+    python benchmarks/wkv456_chunked_vs_reference.py [--pairs 7] [--threads 2] [--output FILE]
 
 Both forms alternate in one process; the ratio of every pair is taken, and the median is what counts.
 """
@@ -87,8 +87,10 @@ def commit() -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/wkv456_chunked_vs_reference.json")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     report = {
         "command": " ".join(["python", "benchmarks/wkv456_chunked_vs_reference.py", *sys.argv[1:]]),
         "seed": SEED,

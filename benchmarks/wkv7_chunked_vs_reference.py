@@ -26,7 +26,7 @@ from wkv.ops import use_backend, wkv7
 
 RESULT = Path(__file__).parent / "results" / "wkv7_chunked_vs_reference.json"
 SHAPES = {
-    "issue bar": (4, 512, 4, 64),
+    "B4 T512 H4": (4, 512, 4, 64),
     "demo": (8, 128, 3, 64),
     "long": (1, 4096, 12, 64),
 }

@@ -70,7 +70,7 @@ def test_demo_trains_compares_writes_and_can_be_called_again(tmp_path: Path) -> 
         "the union",
         "loss.png",
         "wkv generate",
-        "next:",
+        "wkv train your-book.txt",
     ):
         assert part in first
     second = text(wkv("demo", "--out", out))

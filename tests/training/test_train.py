@@ -222,6 +222,17 @@ def test_auto_precision_depends_on_the_processor(monkeypatch: pytest.MonkeyPatch
     assert [resolve_precision(name) for name in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
 
 
+def test_threads_are_those_of_the_recipe_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), set()
+    original = RandomWindows.next_batch
+    monkeypatch.setattr(
+        RandomWindows, "next_batch", lambda self: (seen.add(torch.get_num_threads()), original(self))[1]
+    )
+    run(tiny_recipe(write_corpus(tmp_path / "corpus"), steps=5, threads=before + 1), tmp_path / "run")
+    assert seen == {before + 1}
+    assert torch.get_num_threads() == before
+
+
 def test_trained_vocabulary_is_kept_and_saved_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = recipe_values(write_corpus(tmp_path / "corpus"), steps=5)
     values["data"] |= {"tokenizer": "bpe", "vocab_size": 280}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from wkv.errors import CheckpointError, WkvError
+from wkv.files import replacing
 from wkv.layers.language_model import LanguageModel
 
 MODEL, TRAINING = "model.safetensors", "training.pt"
@@ -31,16 +32,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         CheckpointError: if the file cannot be written; whatever was at `path` is still there.
     """
-    # The suffix stays: some writers choose the format by it.
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        with replacing([path]) as [temporary]:
+            write(temporary)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(
@@ -103,6 +100,8 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _link(source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`, or a copy of it."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

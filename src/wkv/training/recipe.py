@@ -63,6 +63,7 @@ class TrainRecipe:
         seed: of initial values and batches.
         precision: "fp32"; "bf16" for bfloat16 matrix products over float32 parameters; "auto" for bf16 where the
             processor multiplies bfloat16 itself, else fp32.
+        threads: of the CPU; null: one per core. On a busy machine fewer are often much faster.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         eval_every, eval_bytes: measure bits per byte every so many steps, on this much held-out text (null: all).
         checkpoint_every: steps between checkpoints.
@@ -84,6 +85,7 @@ class TrainRecipe:
     l2wrap: float = 1e-4
     seed: int = 42
     precision: str = "fp32"
+    threads: int | None = None
     gradient_checkpointing: bool = False
     eval_every: int = 200
     eval_bytes: int | None = None

@@ -111,7 +111,7 @@ _RANGES: dict[str, dict[str, Range]] = {
         **{key: _POSITIVE for key in ("seconds", "learning_rate", "eps", "clip")},
         **{key: _NOT_NEGATIVE for key in ("final_learning_rate", "warmup_steps", "weight_decay", "l2wrap")},
         **{key: _COUNT for key in ("steps", "tokens", "context_length", "batch_size", "eval_bytes")},
-        **{key: _COUNT for key in ("eval_every", "checkpoint_every")},
+        **{key: _COUNT for key in ("eval_every", "checkpoint_every", "threads")},
         "seed": (lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1"),
         "betas": (lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers in [0, 1)"),
         "schedule": (lambda x: x in KINDS, "one of " + ", ".join(KINDS)),

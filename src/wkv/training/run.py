@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from wkv.training.display import Display
 from wkv.training.loop import Trainer
 from wkv.training.recipe import BUDGETS, DataRecipe, Recipe, load_recipe
 
-# What may change when a run is resumed: how long it goes on, and how often it reports and saves.
-RESUMABLE = tuple(f"train.{key}" for key in (*BUDGETS, "eval_every", "eval_bytes", "checkpoint_every"))
+# What may change when a run is resumed: how long it goes on, how often it reports and saves, and on how many threads.
+RESUMABLE = tuple(f"train.{key}" for key in (*BUDGETS, "eval_every", "eval_bytes", "checkpoint_every", "threads"))
 
 
 @dataclass
@@ -71,17 +72,29 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False, c
     train_documents, held_out = split_held_out(
         load_documents(recipe.data.source), recipe.data.held_out_every, recipe.data.held_out_fraction
     )
-    trainer = _prepare(recipe, folder, train_documents, held_out, console)
-    with Display(console) as display:
-        finished = trainer.run(display)
-    score = None
-    if finished:
-        with console.status("measuring bits per byte on the held-out text"):
-            score = bits_per_byte(trainer.plain_model, [document.text for document in held_out])
+    with _threads(recipe.train.threads):
+        trainer = _prepare(recipe, folder, train_documents, held_out, console)
+        with Display(console) as display:
+            finished = trainer.run(display)
+        score = None
+        if finished:
+            with console.status("measuring bits per byte on the held-out text"):
+                score = bits_per_byte(trainer.plain_model, [document.text for document in held_out])
     result = _result(trainer, score, sum(document.num_bytes for document in held_out))
     if finished:
         write_file(folder / "result.json", lambda path: _write_json(path, dataclasses.asdict(result)))
     return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute on `count` threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _prepare(
