@@ -88,7 +88,7 @@ def test_an_interrupted_demo_resumes_when_called_again(tmp_path: Path, monkeypat
     assert stopped.exit_code == 130
     assert "stopped after step 7" in stopped.output
     assert read_result(out) is None
-    assert "going on after step 7" in text(wkv("demo", "--out", out))
+    assert "going on after step 7" in text(wkv("demo", "--out", out, *SMALL))
     assert steps_of(out) == 12
 
 

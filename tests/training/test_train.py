@@ -187,6 +187,9 @@ def test_a_finished_run_can_be_extended(tmp_path: Path, monkeypatch: pytest.Monk
         run(longer, tmp_path / "run", resume=True)
     assert read_result(tmp_path / "run") is None
     assert run(longer, tmp_path / "run", resume=True).steps == 25
+    assert (
+        resume_recipe(tmp_path / "run", ["model.hidden_size=32", "train.learning_rate=5e-3"]) is not None
+    )  # no change
     with pytest.raises(RecipeError, match=r"train\.learning_rate cannot change"):
         resume_recipe(tmp_path / "run", ["train.learning_rate=1"])
 

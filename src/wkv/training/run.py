@@ -139,9 +139,10 @@ def resume_recipe(out: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(out) / "recipe.yaml"
     if not path.is_file():
         raise RecipeError(f"{out} holds no run to resume (there is no {path.name} in it)")
+    stored = load_recipe(path)
     for override in overrides:
         key = override.partition("=")[0]
-        if key not in RESUMABLE:
+        if key not in RESUMABLE and load_recipe(path, [override]) != stored:
             raise RecipeError(f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE)}")
     return load_recipe(path, overrides)
 
