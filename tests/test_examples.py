@@ -1,0 +1,36 @@
+"""Every script in examples/ runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.head_size=32", "train.steps=5", "data.vocab_size=300"]
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["batch_generation.py", "chat_with_model.py", "generate_text.py"])
+def test_inference_examples(script: str, tmp_path: Path) -> None:
+    output = run(script, cwd=tmp_path)
+    assert output
+    assert ": False" not in output
+
+
+def test_training_example(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300)
+    assert "bits per byte" in run("train_on_text.py", "book.txt", "run", *SMALL, cwd=tmp_path)
+
+
+def test_no_example_is_forgotten() -> None:
+    text = Path(__file__).read_text()
+    assert all(path.name in text for path in EXAMPLES.glob("*.py"))
