@@ -55,10 +55,11 @@ def _check_zip(path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
+    name = str(path)  # mmap takes no Path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read raises anyway
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         found = _FORBIDDEN.search(str(error))
         if found is None:
