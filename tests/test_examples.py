@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.head_size=32", "train.steps=5", "data.vocab_size=300"]
+SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.head_size=32", "data.vocab_size=300"]
+SMALL += ["train.steps=5", "train.warmup_steps=2"]
 
 
 def run(script: str, *arguments: str, cwd: Path) -> str:
