@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wkv.checkpoints import save_model as save_model
     from wkv.errors import WkvError as WkvError
     from wkv.inference import Sampler as Sampler
-    from wkv.inference import generate as generate
+    from wkv.inference.generate import generate as generate
     from wkv.registry import create_model as create_model
     from wkv.registry import list_models as list_models
     from wkv.state import State as State

@@ -287,7 +287,7 @@ def read(
     Returns:
         logits after the last token [B, V], and the state.
     """
-    tokens, mask = left_pad(prompts, model.emb.weight.device)
+    tokens, mask = left_pad(prompts, model.ln_out.weight.device)
     for start in range(0, tokens.shape[1], segment):
         part = mask[:, start : start + segment]
         hidden, state = model.forward_features(

@@ -150,7 +150,7 @@ class LanguageModel(nn.Module):
         self.tokenizer: Any = None
         self.tuned_state: State | None = None
         self._state_template = self.init_state(1, device="meta")
-        if not self.emb.weight.is_meta:  # a model built on the meta device is about to be loaded
+        if not self.ln_out.weight.is_meta:  # a model built on the meta device is about to be loaded
             self.reset_parameters()
 
     def build_block(self, config: Any, layer: int) -> Block:
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise WkvError(f"batch_size must be a positive integer, found {batch_size!r}")
-        weight = self.emb.weight
+        weight = self.ln_out.weight  # never quantised
         shift = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
         wide = shift.to(torch.float64 if shift.dtype == torch.float64 else torch.float32)
         layers = [self.init_layer_state(batch_size, shift, wide) for _ in range(self.config.num_layers)]

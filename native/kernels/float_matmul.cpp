@@ -1,0 +1,202 @@
+// y = W x for weights in float32, bfloat16 or float16; arithmetic in float32.
+#include "convert.h"
+#include "transpose.h"
+#include "weights.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace wkv::WKV_ISA {
+namespace {
+
+constexpr int W = LANES<float>;
+
+// Dot products of R rows of W with M rows of x.
+template <int R, int M, class T>
+WKV_INLINE void dots(const T* w, int64_t k, const float* x, int64_t stride, float* y, int64_t ld) {
+  Vec<float> sums[R][M] = {};
+  int64_t c = 0;
+  for (; c + W <= k; c += W) {
+    Vec<float> weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = load_floats(w + r * k + c);
+    for (int m = 0; m < M; ++m) {
+      const Vec<float> v = load(x + m * stride + c);
+      for (int r = 0; r < R; ++r) sums[r][m] += weight[r] * v;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float total = sum<float>(sums[r][m]);
+      for (int64_t i = c; i < k; ++i) total += to_float(w[r * k + i]) * x[m * stride + i];
+      y[m * ld + r] = total;
+    }
+}
+
+// One row of x. Memory is the limit: W is read as one stream, far ahead of its use.
+template <class T>
+void matvec_rows(const T* w, int64_t k, const float* x, int64_t begin, int64_t end, float* y) {
+  constexpr int AHEAD = 8192;  // bytes
+  for (int64_t n = begin; n < end; ++n) {
+    const T* row = w + n * k;
+    Vec<float> s[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * W <= k; c += 4 * W)
+      for (int i = 0; i < 4; ++i) {
+        if (i * W * sizeof(T) % 64 == 0)
+          __builtin_prefetch(reinterpret_cast<const char*>(row + c + i * W) + AHEAD, 0, 3);
+        s[i] += load_floats(row + c + i * W) * load(x + c + i * W);
+      }
+    for (; c + W <= k; c += W) s[0] += load_floats(row + c) * load(x + c);
+    float total = sum<float>((s[0] + s[1]) + (s[2] + s[3]));
+    for (; c < k; ++c) total += to_float(row[c]) * x[c];
+    y[n] = total;
+  }
+}
+
+template <class T>
+void few_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y,
+              int64_t ld) {
+  for (int64_t n = begin; n < end; n += 4) {
+    const int64_t rows = std::min<int64_t>(4, end - n);
+    int64_t m = 0;
+    for (; m + 4 <= count && rows == 4; m += 4)
+      dots<4, 4>(w + n * k, k, x.x + m * x.stride, x.stride, y + m * ld + n, ld);
+    for (; m < count; ++m)
+      for (int64_t r = 0; r < rows; ++r) dots<1, 1>(w + (n + r) * k, k, x.x + m * x.stride, 0, y + m * ld + n + r, 0);
+  }
+}
+
+// Many rows of x: W is brought into panels [K block][PANEL rows], so that the inner loop is broadcast, load, multiply.
+constexpr int PANEL = 2 * W;
+constexpr int ROWS = W == 16 ? 12 : 4;  // accumulators: 2 x ROWS vectors
+constexpr int64_t K_BLOCK = 256;
+
+template <class T>
+void pack(const T* w, int64_t k, int64_t rows, int64_t c0, int64_t c1, float* panel) {
+  for (int64_t r = 0; r < PANEL; r += W) {
+    int64_t c = c0;
+    for (; c + W <= c1 && r + W <= rows; c += W) {
+      Vec<float> v[W];
+      for (int i = 0; i < W; ++i) v[i] = load_floats(w + (r + i) * k + c);
+      transpose(v);
+      for (int i = 0; i < W; ++i) store<float>(panel + (c + i - c0) * PANEL + r, v[i]);
+    }
+    for (; c < c1; ++c)
+      for (int64_t i = r; i < r + W; ++i) panel[(c - c0) * PANEL + i] = i < rows ? to_float(w[i * k + c]) : 0;
+  }
+}
+
+template <int M>
+WKV_INLINE void panel_times(const float* panel, int64_t depth, const float* x, int64_t stride, float* y, int64_t ld,
+                            bool first) {
+  Vec<float> sums[M][2];
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 2; ++i) sums[m][i] = first ? Vec<float>{} : load(y + m * ld + i * W);
+  for (int64_t c = 0; c < depth; ++c) {
+    const Vec<float> w0 = load(panel + c * PANEL), w1 = load(panel + c * PANEL + W);
+    for (int m = 0; m < M; ++m) {
+      const Vec<float> v = splat<float>(x[m * stride + c]);
+      sums[m][0] += w0 * v;
+      sums[m][1] += w1 * v;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 2; ++i) store<float>(y + m * ld + i * W, sums[m][i]);
+}
+
+template <class T>
+void many_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y,
+               int64_t ld) {
+  alignas(64) float panel[K_BLOCK * PANEL];
+  // Results that do not fill a panel are gathered in `rest` first.
+  alignas(64) float rest[ROWS * PANEL];
+  for (int64_t n = begin; n < end; n += PANEL) {
+    const int64_t rows = std::min<int64_t>(PANEL, end - n);
+    for (int64_t c0 = 0; c0 < k; c0 += K_BLOCK) {
+      const int64_t c1 = std::min(c0 + K_BLOCK, k);
+      pack(w + n * k, k, rows, c0, c1, panel);
+      const auto run = [&](auto size, int64_t m) {
+        constexpr int M = decltype(size)::value;
+        const float* in = x.x + m * x.stride + c0;
+        if (rows == PANEL) {
+          panel_times<M>(panel, c1 - c0, in, x.stride, y + m * ld + n, ld, c0 == 0);
+          return;
+        }
+        for (int i = 0; i < M; ++i)
+          for (int64_t r = 0; r < rows; ++r) rest[i * PANEL + r] = c0 == 0 ? 0 : y[(m + i) * ld + n + r];
+        panel_times<M>(panel, c1 - c0, in, x.stride, rest, PANEL, false);
+        for (int i = 0; i < M; ++i)
+          for (int64_t r = 0; r < rows; ++r) y[(m + i) * ld + n + r] = rest[i * PANEL + r];
+      };
+      int64_t m = 0;
+      for (; m + ROWS <= count; m += ROWS) run(std::integral_constant<int, ROWS>{}, m);
+      if (ROWS > 4)
+        for (; m + 4 <= count; m += 4) run(std::integral_constant<int, 4>{}, m);
+      for (; m < count; ++m) run(std::integral_constant<int, 1>{}, m);
+    }
+  }
+}
+
+// [K][N]: for M rows of x and B vectors of outputs, the columns of W one after another.
+template <int M, int B, class T>
+WKV_INLINE void column_block(const T* w, int64_t n_all, int64_t k, const float* x, int64_t stride, float* y,
+                             int64_t ld) {
+  Vec<float> sums[M][B] = {};
+  for (int64_t c = 0; c < k; ++c) {
+    Vec<float> weight[B];
+    for (int b = 0; b < B; ++b) weight[b] = load_floats(w + c * n_all + b * W);
+    for (int m = 0; m < M; ++m) {
+      const Vec<float> v = splat<float>(x[m * stride + c]);
+      for (int b = 0; b < B; ++b) sums[m][b] += weight[b] * v;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < B; ++b) store<float>(y + m * ld + b * W, sums[m][b]);
+}
+
+template <class T>
+void columns(const T* w, int64_t n_all, int64_t k, const Operand& x, int64_t count, int64_t begin, int64_t end,
+             float* y, int64_t ld) {
+  int64_t n = begin;
+  const auto block = [&](auto width) {
+    constexpr int B = decltype(width)::value;
+    constexpr int MOST = W == 16 ? 4 : 2;
+    int64_t m = 0;
+    for (; m + MOST <= count; m += MOST)
+      column_block<MOST, B>(w + n, n_all, k, x.x + m * x.stride, x.stride, y + m * ld + n, ld);
+    for (; m < count; ++m) column_block<1, B>(w + n, n_all, k, x.x + m * x.stride, 0, y + m * ld + n, 0);
+    n += B * W;
+  };
+  while (n + 4 * W <= end) block(std::integral_constant<int, 4>{});
+  while (n + W <= end) block(std::integral_constant<int, 1>{});
+  for (; n < end; ++n)
+    for (int64_t m = 0; m < count; ++m) {
+      float total = 0;
+      for (int64_t c = 0; c < k; ++c) total += to_float(w[c * n_all + n]) * x.x[m * x.stride + c];
+      y[m * ld + n] = total;
+    }
+}
+
+template <class T>
+void run(const Matrix& w, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y, int64_t ld) {
+  const T* data = static_cast<const T*>(w.data);
+  if (is_columns(w.format)) return columns(data, w.rows, w.cols, x, count, begin, end, y, ld);
+  if (count == 1) return matvec_rows(data, w.cols, x.x, begin, end, y);
+  if (count < 8) return few_rows(data, w.cols, x, count, begin, end, y, ld);
+  many_rows(data, w.cols, x, count, begin, end, y, ld);
+}
+
+}  // namespace
+
+// Rows [begin, end) of y [M][ld] = W x for the formats in floating point.
+void float_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y, int64_t ld) {
+  switch (w.format) {
+    case Format::f32:
+    case Format::f32_columns: return run<float>(w, x, count, begin, end, y, ld);
+    case Format::bf16:
+    case Format::bf16_columns: return run<bf16>(w, x, count, begin, end, y, ld);
+    default: return run<f16>(w, x, count, begin, end, y, ld);
+  }
+}
+
+}  // namespace wkv::WKV_ISA

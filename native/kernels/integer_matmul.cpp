@@ -1,0 +1,319 @@
+// y = W x for 8- and 4-bit weights, one row of activations or many: every weight is read once for all of them.
+#include "convert.h"
+#include "integer_dot.h"
+
+#include <algorithm>
+
+namespace wkv::WKV_ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int INT8_BLOCK = 8, INT4_BLOCK = 8;
+#elif defined(__AVX512BW__)
+constexpr int INT8_BLOCK = 8, INT4_BLOCK = 6;
+#else
+constexpr int INT8_BLOCK = 2, INT4_BLOCK = 2;
+#endif
+constexpr int64_t FLUSH = 512;  // columns of 8-bit codes that fit into 32-bit sums
+
+WKV_INLINE Row16 load_halves(const uint16_t* p) {
+  Row16 y;
+  for (int i = 0; i < TILE_ROWS; i += LANES<float>) {
+    const Vec<float> v = load_floats(reinterpret_cast<const f16*>(p + i));
+    std::memcpy(reinterpret_cast<char*>(&y) + 4 * i, &v, sizeof v);
+  }
+  return y;
+}
+
+// Where the codes of one tile of 16 rows come from.
+struct Int8Tile {
+  const uint8_t* codes;  // [K/4][16][4]
+  WKV_INLINE Codes step(int64_t column) const { return load_codes(codes + 16 * column); }
+};
+
+struct Int4Tile {
+  const uint8_t* tile;
+  WKV_INLINE const uint8_t* block(int64_t column) const { return tile + column / 64 * INT4_TILE_BYTES; }
+  WKV_INLINE Row16 scale(int64_t column) const {
+    return load_halves(reinterpret_cast<const uint16_t*>(block(column)) + column % 64 / GROUP * TILE_ROWS);
+  }
+  // Codes of columns c .. c + 3 and c + 4 .. c + 7.
+  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
+    const Codes both = load_codes(block(column) + 64 + column % 64 * 8);
+    first = low_nibbles(both);
+    second = high_nibbles(both);
+  }
+};
+
+// 4-bit codes of a sparse matrix, one per byte, already brought into tile order.
+struct UnpackedInt4Tile {
+  const uint8_t* codes;
+  const uint16_t* scales;  // of the first group
+  int64_t group_stride;    // in halves
+  WKV_INLINE Row16 scale(int64_t column) const { return load_halves(scales + column / GROUP * group_stride); }
+  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
+    first = load_codes(codes + 16 * column);
+    second = load_codes(codes + 16 * column + 64);
+  }
+};
+
+template <int M>
+WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, const float* scale, float* y, int64_t ld) {
+  Row16 total[M] = {};
+  for (int64_t begin = 0; begin < cols; begin += FLUSH) {
+    const int64_t end = std::min(begin + FLUSH, cols);
+    Sum<128> sums[M], more[1];
+    if (M == 1) {  // one row: four chains of additions hide their latency
+      for (int64_t c = begin; c < end; c += 8) {
+        sums[0].add(w.step(c), x[0], c);
+        more[0].add(w.step(c + 4), x[0], c + 4);
+      }
+      sums[0].add(more[0]);
+    } else {
+      for (int64_t c = begin; c < end; c += 4) {
+        const Codes codes = w.step(c);
+        for (int m = 0; m < M; ++m) sums[m].add(codes, x[m], c);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      int32_t high = 0, low = 0;
+      for (int64_t g = begin / GROUP; g < end / GROUP; ++g) {
+        high += x[m].sums[2 * g];
+        low += x[m].sums[2 * g + 1];
+      }
+      total[m] += sums[m].result(high, low);
+    }
+  }
+  const Row16 s = load_row16(scale);
+  for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * s * x[m].scale);
+}
+
+template <int M, class Tile>
+WKV_INLINE void int4_tile(const Tile& w, const FixedRow* x, int64_t cols, float* y, int64_t ld) {
+  Row16 total[M] = {};
+  for (int64_t begin = 0; begin < cols; begin += GROUP) {
+    Sum<8> sums[M], more[1];
+    for (int64_t c = begin; c < begin + GROUP; c += 8) {
+      Codes first, second;
+      w.two_steps(c, first, second);
+      for (int m = 0; m < M; ++m) sums[m].add(first, x[m], c);
+      if (M == 1)
+        more[0].add(second, x[0], c + 4);
+      else
+        for (int m = 0; m < M; ++m) sums[m].add(second, x[m], c + 4);
+    }
+    if (M == 1) sums[0].add(more[0]);
+    const Row16 scale = w.scale(begin);
+    const int64_t g = begin / GROUP;
+    for (int m = 0; m < M; ++m) total[m] += sums[m].result(x[m].sums[2 * g], x[m].sums[2 * g + 1]) * scale;
+  }
+  for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * x[m].scale);
+}
+
+// Calls run.template operator()<M>(first row) for blocks of BLOCK rows, then 4, then 1 at a time.
+template <int BLOCK, class Run>
+WKV_INLINE void in_blocks(int64_t count, const Run& run) {
+  int64_t m = 0;
+  for (; m + BLOCK <= count; m += BLOCK) run(std::integral_constant<int, BLOCK>{}, m);
+  if (BLOCK > 4)
+    for (; m + 4 <= count; m += 4) run(std::integral_constant<int, 4>{}, m);
+  if (BLOCK > 2)
+    for (; m + 2 <= count; m += 2) run(std::integral_constant<int, 2>{}, m);
+  for (; m < count; ++m) run(std::integral_constant<int, 1>{}, m);
+}
+
+constexpr int64_t SPARSE_ROWS = 64;  // rows of one vector of codes in the sparse formats
+
+// Byte 16 l + 4 i + q of a 64-row vector holds row 16 i + 4 l + q: interleaving four columns then gives whole tiles.
+constexpr int sparse_row(int byte) { return byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4; }
+
+// Codes of 64 rows x 4 columns, column by column -> four tiles of 16 rows x 4 columns.
+WKV_INLINE void interleave(const Codes column[4], Codes tile[4]) {
+#if defined(__AVX512BW__)
+  __m512i c[4];
+  for (int i = 0; i < 4; ++i) c[i] = reinterpret_cast<__m512i>(column[i]);
+  const __m512i a = _mm512_unpacklo_epi8(c[0], c[1]), b = _mm512_unpackhi_epi8(c[0], c[1]);
+  const __m512i d = _mm512_unpacklo_epi8(c[2], c[3]), e = _mm512_unpackhi_epi8(c[2], c[3]);
+  tile[0] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(a, d));
+  tile[1] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(a, d));
+  tile[2] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(b, e));
+  tile[3] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(b, e));
+#else
+  uint8_t in[4][64], out[4][64];
+  std::memcpy(in, column, sizeof in);
+  for (int byte = 0; byte < 64; ++byte)
+    for (int j = 0; j < 4; ++j) out[sparse_row(byte) / 16][sparse_row(byte) % 16 * 4 + j] = in[j][byte];
+  std::memcpy(tile, out, sizeof out);
+#endif
+}
+
+const uint8_t* bytes(const Matrix& w) { return static_cast<const uint8_t*>(w.data); }
+
+// int4_sparse: where group g starts, and its codes.
+WKV_INLINE const uint8_t* sparse_group(const Matrix& w, int64_t g) {
+  return bytes(w) + g * (w.rows * 2 + GROUP * w.rows / 2);
+}
+
+}  // namespace
+
+// Rows [row_begin, row_end) (multiples of 16) of y [M][ld] = W x, formats int8 and int4.
+void integer_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row_begin, int64_t row_end, float* y,
+                    int64_t ld) {
+  const FixedLayout layout(w.cols);
+  constexpr int MOST = 64;
+  for (int64_t first = 0; first < count; first += MOST) {
+    const int64_t some = std::min<int64_t>(MOST, count - first);
+    FixedRow rows[MOST];
+    for (int64_t m = 0; m < some; ++m) rows[m] = layout.at(x.fixed + (first + m) * x.fixed_stride);
+    for (int64_t n = row_begin; n < row_end; n += TILE_ROWS) {
+      float* out = y + first * ld + n;
+      if (w.format == Format::int8) {
+        const Int8Tile tile{bytes(w) + n * w.cols};
+        in_blocks<INT8_BLOCK>(some, [&](auto size, int64_t m) {
+          int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n, out + m * ld, ld);
+        });
+      } else {
+        const Int4Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT4_TILE_BYTES};
+        in_blocks<INT4_BLOCK>(some, [&](auto size, int64_t m) {
+          int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
+        });
+      }
+    }
+  }
+}
+
+// The same for the sparse formats, all columns read: `scratch` holds 64 K bytes (int8) or 128 K (int4).
+// Rows are multiples of 64 (int8) or 128 (int4).
+void sparse_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row_begin, int64_t row_end, float* y,
+                   int64_t ld, uint8_t* scratch) {
+  const bool int4 = w.format == Format::int4_sparse;
+  const int64_t step = int4 ? 2 * SPARSE_ROWS : SPARSE_ROWS;
+  for (int64_t n = row_begin; n < row_end; n += step) {
+    // Tile t of this block of rows: scratch + t * 16 K.
+    for (int64_t c = 0; c < w.cols; c += 4) {
+      const int64_t halves = int4 ? 2 : 1;
+      Codes column[4], tile[4];
+      for (int64_t half = 0; half < halves; ++half) {
+        for (int j = 0; j < 4; ++j) {
+          if (int4) {
+            const uint8_t* codes = sparse_group(w, c / GROUP) + 2 * w.rows + (c + j) % GROUP * (w.rows / 2);
+            const Codes both = load_codes(codes + n / 2);
+            column[j] = half == 0 ? low_nibbles(both) : high_nibbles(both);
+          } else {
+            column[j] = load_codes(bytes(w) + (c + j) * w.rows + n);
+          }
+        }
+        interleave(column, tile);
+        for (int t = 0; t < 4; ++t) std::memcpy(scratch + (4 * half + t) * 16 * w.cols + 16 * c, &tile[t], 64);
+      }
+    }
+    const FixedLayout layout(w.cols);
+    constexpr int MOST = 64;
+    for (int64_t first = 0; first < count; first += MOST) {
+      const int64_t some = std::min<int64_t>(MOST, count - first);
+      FixedRow rows[MOST];
+      for (int64_t m = 0; m < some; ++m) rows[m] = layout.at(x.fixed + (first + m) * x.fixed_stride);
+      for (int64_t t = 0; t < step / TILE_ROWS; ++t) {
+        const uint8_t* codes = scratch + t * 16 * w.cols;
+        float* out = y + first * ld + n + t * TILE_ROWS;
+        if (int4) {
+          const auto* scales = reinterpret_cast<const uint16_t*>(sparse_group(w, 0)) + n + t * TILE_ROWS;
+          const int64_t stride = w.rows + GROUP * w.rows / 4;
+          const UnpackedInt4Tile tile{codes, scales, stride};
+          in_blocks<INT4_BLOCK>(some, [&](auto size, int64_t m) {
+            int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
+          });
+        } else {
+          const Int8Tile tile{codes};
+          in_blocks<INT8_BLOCK>(some, [&](auto size, int64_t m) {
+            int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n + t * TILE_ROWS, out + m * ld, ld);
+          });
+        }
+      }
+    }
+  }
+}
+
+// y [N] += W x over the columns of groups [group_begin, group_end) (32 columns each) for one row x, reading only
+// columns whose activation is not zero. `skipped` counts the others. int8: y is still to be multiplied by scale[n].
+void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int64_t group_end, float* y,
+                   int64_t* skipped) {
+  const bool int4 = w.format == Format::int4_sparse;
+  const int64_t column_bytes = int4 ? w.rows / 2 : w.rows;
+  // Lists of the group at hand and of the next one, whose memory is fetched ahead.
+  int active[2][GROUP + 3], count[2] = {0, 0};
+  const auto codes_of = [&](int64_t g) {
+    return int4 ? sparse_group(w, g) + 2 * w.rows : bytes(w) + g * GROUP * w.rows;
+  };
+  const auto collect = [&](int64_t g, int slot) {
+    count[slot] = 0;
+    if (g >= group_end) return;
+    const int16_t* both = x.both + g * GROUP;
+    for (int j = 0; j < GROUP; ++j) {
+      active[slot][count[slot]] = j;
+      count[slot] += both[j] != 0;
+    }
+    const uint8_t* codes = codes_of(g);
+    for (int i = 0; i < count[slot]; ++i)
+      for (int64_t at = 0; at < column_bytes; at += 64)
+        __builtin_prefetch(codes + active[slot][i] * column_bytes + at, 0, 2);
+    *skipped += GROUP - count[slot];
+  };
+  collect(group_begin, group_begin & 1);
+  for (int64_t g = group_begin; g < group_end; ++g) {
+    const int slot = g & 1;
+    collect(g + 1, slot ^ 1);
+    if (count[slot] == 0) continue;
+    // Four columns at a time; the last four are filled up with column 0 and zero activations.
+    int64_t quads = 0;
+    const uint8_t* start[GROUP / 4][4];
+    alignas(64) int8_t high[GROUP], low[GROUP];
+    alignas(64) int16_t both[GROUP];
+    int32_t sum_high = 0, sum_low = 0;
+    const uint8_t* codes = codes_of(g);
+    for (int i = 0; i < count[slot] || i % 4 != 0; ++i) {
+      const bool real = i < count[slot];
+      const int64_t j = real ? active[slot][i] : active[slot][0];
+      start[i / 4][i % 4] = codes + j * column_bytes;
+      high[i] = real ? x.high[g * GROUP + j] : 0;
+      low[i] = real ? x.low[g * GROUP + j] : 0;
+      both[i] = real ? x.both[g * GROUP + j] : 0;
+      sum_high += high[i];
+      sum_low += low[i];
+      quads = i / 4 + 1;
+    }
+    const FixedRow packed{1.0f, high, low, both, nullptr};
+    const auto finish = [&](auto& sums, int64_t n) {
+      const Row16 s = int4 ? load_halves(reinterpret_cast<const uint16_t*>(sparse_group(w, g)) + n) : Row16{} + 1.0f;
+      store_row16(y + n, load_row16(y + n) + sums.result(sum_high, sum_low) * s * x.scale);
+    };
+    for (int64_t at = 0; at < column_bytes; at += 64) {
+      Codes column[4], tile[4];
+      if (int4) {
+        Sum<8> first[4], second[4];
+        for (int64_t q = 0; q < quads; ++q) {
+          Codes both_nibbles[4];
+          for (int j = 0; j < 4; ++j) both_nibbles[j] = load_codes(start[q][j] + at);
+          for (int j = 0; j < 4; ++j) column[j] = low_nibbles(both_nibbles[j]);
+          interleave(column, tile);
+          for (int t = 0; t < 4; ++t) first[t].add(tile[t], packed, 4 * q);
+          for (int j = 0; j < 4; ++j) column[j] = high_nibbles(both_nibbles[j]);
+          interleave(column, tile);
+          for (int t = 0; t < 4; ++t) second[t].add(tile[t], packed, 4 * q);
+        }
+        for (int t = 0; t < 4; ++t) finish(first[t], 2 * at + 16 * t);
+        for (int t = 0; t < 4; ++t) finish(second[t], 2 * at + 64 + 16 * t);
+      } else {
+        Sum<128> sums[4];
+        for (int64_t q = 0; q < quads; ++q) {
+          for (int j = 0; j < 4; ++j) column[j] = load_codes(start[q][j] + at);
+          interleave(column, tile);
+          for (int t = 0; t < 4; ++t) sums[t].add(tile[t], packed, 4 * q);
+        }
+        for (int t = 0; t < 4; ++t) finish(sums[t], at + 16 * t);
+      }
+    }
+  }
+}
+
+}  // namespace wkv::WKV_ISA

@@ -1,0 +1,85 @@
+// Weight matrices as they lie in memory (or in a mapped file), and rows of activations to multiply them with.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace wkv {
+
+// A matrix W has N rows (outputs) and K columns (inputs); y = W x.
+enum class Format : int32_t {
+  f32 = 0,  // [N][K], row by row
+  bf16 = 1,
+  f16 = 2,
+  f32_columns = 3,  // [K][N], column by column: how checkpoints store low-rank maps
+  bf16_columns = 4,
+  f16_columns = 5,
+  // int8: w = scale[n] * (code - 128), code in 1 .. 255. Tiles of 16 rows, then steps of 4 columns: [N/16][K/4][16][4].
+  int8 = 6,
+  // int4: w = scale * (code - 8), one half-precision scale per row and 32 columns. Tiles of 16 rows x 64 columns:
+  // 2 groups x 16 scales, then 8 vectors of 64 bytes; byte 4 i + j of vector s is row i, columns 8 s + j (low nibble)
+  // and 8 s + 4 + j (high nibble).
+  int4 = 7,
+  // The same values for inputs that are often zero: all rows of one column lie together, so that a column whose
+  // activation is zero is not read. Rows in blocks of 64 (int8) or 128 (int4), one vector of 64 bytes each: byte
+  // 16 l + 4 i + q is row 16 i + 4 l + q, in int4 the low nibble; the high nibble is the row 64 further.
+  // int8: [K][N]. int4: per 32 columns the scales [N], then [32][N / 2].
+  int8_sparse = 8,
+  int4_sparse = 9,
+};
+
+struct Matrix {
+  Format format = Format::f32;
+  int64_t rows = 0;  // N after padding: to 16 (int8, int4), 64 (int8_sparse) or 128 (int4_sparse)
+  int64_t cols = 0;  // K after padding: to 64 for the integer formats
+  const void* data = nullptr;
+  const float* scale = nullptr;  // [N], int8 and int8_sparse
+};
+
+constexpr int TILE_ROWS = 16;
+constexpr int GROUP = 32;
+constexpr int64_t INT4_TILE_BYTES = 2 * TILE_ROWS * 2 + 8 * 64;
+
+inline bool is_integer(Format f) { return f >= Format::int8; }
+inline bool is_sparse(Format f) { return f >= Format::int8_sparse; }
+inline bool is_columns(Format f) { return f >= Format::f32_columns && f <= Format::f16_columns; }
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// One row of activations in 15-bit fixed point: x = scale * (256 high + low). The integer products with 4- and 8-bit
+// weights are exact; rounding x costs 1.5e-5 of its largest value, far below the error of the weights.
+struct FixedRow {
+  float scale;
+  const int8_t* high;   // [K padded to 64]
+  const int8_t* low;
+  const int16_t* both;  // the same numbers as one 16-bit integer
+  const int32_t* sums;  // [K / 32][2]: sums of high and of low, which the offset of the weight codes needs
+};
+
+// Where the pieces of a FixedRow for K columns lie in one block of memory, in bytes.
+struct FixedLayout {
+  int64_t cols, high, low, both, sums, bytes;
+  explicit FixedLayout(int64_t k) {
+    cols = round_up(k, 64);
+    high = 64;
+    low = high + cols;
+    both = low + cols;
+    sums = both + 2 * cols;
+    bytes = round_up(sums + cols / GROUP * 8, 64);
+  }
+  FixedRow at(const void* block) const {
+    const char* p = static_cast<const char*>(block);
+    return {*reinterpret_cast<const float*>(p), reinterpret_cast<const int8_t*>(p + high),
+            reinterpret_cast<const int8_t*>(p + low), reinterpret_cast<const int16_t*>(p + both),
+            reinterpret_cast<const int32_t*>(p + sums)};
+  }
+};
+
+// M rows of activations: floats [M][stride], and in fixed point where the matrix is an integer one.
+struct Operand {
+  const float* x;
+  int64_t stride;
+  const char* fixed;     // [M] blocks of FixedLayout(K).bytes
+  int64_t fixed_stride;  // bytes
+};
+
+}  // namespace wkv
