@@ -31,11 +31,13 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install --quiet -c constraints.txt torch numpy
 	touch $@
 
-$(VENV)/.train: $(VENV)/.torch pyproject.toml
+NATIVE := $(wildcard native/CMakeLists.txt native/src/* native/kernels/*)
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) install --quiet -c constraints.txt -e ".[train]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.train
 

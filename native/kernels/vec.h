@@ -115,7 +115,7 @@ WKV_INLINE Vec<float> vexp(Vec<float> x) {
 }
 
 WKV_INLINE Vec<double> vexp(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y{};
   for (int i = 0; i < LANES<double>; ++i) y[i] = std::exp(x[i]);
   return y;
 }

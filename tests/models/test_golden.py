@@ -30,7 +30,7 @@ MODELS = {
     "rwkv7a": "rwkv7a",
 }
 TRAINED = [folder for folder in MODELS if (GOLDEN / folder / "train_step.safetensors").exists()]
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "native")
 FIELDS = {
     "V": "vocab_size",
     "C": "hidden_size",

@@ -87,7 +87,7 @@ def _batch_nats(model: LanguageModel, lines: list[list[int]], segment: int) -> T
     lengths = torch.tensor([len(line) for line in lines])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(line) for line in lines], batch_first=True)
     nats = torch.zeros(len(lines), dtype=torch.float64)
-    device = model.ln_out.weight.device
+    device = next(model.parameters()).device
     state: State | None = None
     for start in range(0, tokens.shape[1] - 1, segment):
         # Tokens behind the end of a line change nothing before it, so they need no mask in the model; lines that

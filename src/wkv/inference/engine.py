@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wkv.errors import WkvError
 from wkv.inference.prompts import end_ids, left_pad
+from wkv.inference.reading import Reader, reader
 from wkv.inference.sampler import Penalties, Sampler, draw, row_generators, unsampleable
 from wkv.inference.text import TextBuffer
 from wkv.layers.language_model import LanguageModel
@@ -177,7 +178,8 @@ class Engine:
         options: Options,
         seed: int | None,
     ) -> None:
-        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self._tokenizer, self._options = tokenizer, options
+        self._model, self._reader = model, reader(model)
         self._prompts, self._state = prompts, state
         self._logits_BV: Tensor | None = None
         self._penalties: Penalties | None = None
@@ -206,7 +208,7 @@ class Engine:
 
     def _start(self) -> None:
         """Read the prompts."""
-        self._logits_BV, self._state = read(self._model, self._prompts, self._state)
+        self._logits_BV, self._state = read(self._model, self._prompts, self._state, by=self._reader)
         if self._options.sampler.penalises:
             self._penalties = Penalties(self._options.sampler, self._tokenizer, self._logits_BV)
         if self._forbidden is not None:
@@ -239,8 +241,8 @@ class Engine:
             return
         assert self._state is not None
         fed = torch.tensor([[tokens[place]] for place in reading], device=self._state.device)
-        hidden_B1C, self._state = self._model.forward_features(fed, self._state)
-        self._logits_BV = self._model.forward_head(hidden_B1C[:, -1])
+        # Rows go back to an earlier state only when a stop string turns out to have begun there.
+        self._logits_BV, self._state = self._reader.read(fed, self._state, inplace=not self._options.stops)
         self._retire(self._state)
 
     def _retire(self, state: State) -> None:
@@ -276,25 +278,31 @@ class Engine:
 
 
 def read(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], state: State | None, segment: int = SEGMENT
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    state: State | None,
+    segment: int = SEGMENT,
+    by: Reader | None = None,
 ) -> tuple[Tensor, State]:
     """Read prompts of any lengths together, `segment` tokens at a time.
 
     Args:
         prompts: B lists of token ids, none empty; shorter ones are padded on the left and masked.
         state: where to go on from, of B sequences; None is the empty past.
+        by: what reads them; None picks the fastest.
 
     Returns:
         logits after the last token [B, V], and the state.
     """
-    tokens, mask = left_pad(prompts, model.ln_out.weight.device)
+    by = by or reader(model)
+    tokens, mask = left_pad(prompts, next(model.parameters()).device)
     for start in range(0, tokens.shape[1], segment):
         part = mask[:, start : start + segment]
-        hidden, state = model.forward_features(
-            tokens[:, start : start + segment], state, mask=None if bool(part.all()) else part
+        logits, state = by.read(
+            tokens[:, start : start + segment], state, None if bool(part.all()) else part, inplace=start > 0
         )
     assert state is not None
-    return model.forward_head(hidden[:, -1]), state
+    return logits, state
 
 
 def top_tokens(log_p_BV: Tensor, count: int) -> list[list[tuple[int, float]]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.layers.language_model import LanguageModel
+from wkv.layers.language_model import LanguageModel, Output
 from wkv.models.rwkv7 import RWKV7, RWKV7Config
 from wkv.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from wkv.state import State
@@ -109,7 +109,7 @@ class NativeRWKV7:
         if mask is not None and bool(mask.all()):
             mask = None
         counts = [length] * batch if mask is None else mask.sum(1).tolist()
-        flat = (tokens if mask is None else tokens[mask]).to(torch.int64).flatten()
+        flat = (tokens if mask is None else tokens[mask]).to(torch.int64).flatten().contiguous()
         offsets = torch.tensor([0, *counts]).cumsum(0)
         state = self._own_state(state, batch, inplace)
         rows = len(flat) if all_logits else sum(count > 0 for count in counts)
@@ -122,6 +122,10 @@ class NativeRWKV7:
             raise MemoryError("the native kernels could not allocate their work space")
         logits = logits[:, : self.config.vocab_size]
         return _spread(logits, mask, counts, tokens.shape, all_logits), state
+
+    def __call__(self, tokens: Tensor, state: State | None = None, mask: Tensor | None = None) -> Output:
+        """As the model's own forward pass, without gradients."""
+        return Output(*self.read(tokens, state, mask, all_logits=True))
 
     @property
     def skipped_share(self) -> float:

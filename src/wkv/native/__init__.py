@@ -13,6 +13,7 @@ from wkv.native.library import (
     load,
     num_threads,
     unavailable,
+    unusable,
     use_instruction_set,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "load",
     "num_threads",
     "unavailable",
+    "unusable",
     "use_instruction_set",
 ]

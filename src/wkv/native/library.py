@@ -46,6 +46,15 @@ def unavailable() -> str | None:
     return _Loaded.reason
 
 
+def unusable(device: torch.device) -> str | None:
+    """Why the native operators cannot run on `device`; None where they can."""
+    return "runs on the CPU only" if device.type != "cpu" else unavailable()
+
+
+# What torch.compiler.assume_constant_result does, but for its slow import: torch.compile does not trace the loading.
+unusable.__dict__["_dynamo_marked_constant"] = True
+
+
 def load(path: str | os.PathLike[str]) -> None:
     """Use the library at `path` in place of the installed one (a build with sanitizers, say).
 
@@ -74,7 +83,10 @@ def function(name: str, parameters: str, returns: str = "i") -> Callable[..., An
     reason = unavailable()
     if reason is not None:
         raise WkvError(f"the native kernels are not available: {reason}")
-    found: Any = getattr(_Loaded.library, name)
+    try:
+        found: Any = getattr(_Loaded.library, name)
+    except AttributeError:
+        raise WkvError(f"the native library has no function {name}: it is of another build; reinstall wkv") from None
     found.argtypes = [_TYPES[letter] for letter in parameters]
     found.restype = _TYPES[returns]
     called: Callable[..., Any] = found

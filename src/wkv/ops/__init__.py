@@ -1,9 +1,10 @@
-"""Recurrences as pure functions, time first: [B, T, ...]. Every operator returns `(y, state)`, states in float32."""
+"""Recurrences as pure functions, time first: [B, T, ...]. They return `(y, state)`, states in float32; `bi_wkv` y."""
 
+from wkv.ops.bi_wkv import bi_wkv
 from wkv.ops.dispatch import Backend, BackendStatus, backends, register, use_backend
 from wkv.ops.wkv4 import wkv4
 from wkv.ops.wkv5 import wkv5
 from wkv.ops.wkv6 import wkv6
 from wkv.ops.wkv7 import wkv7
 
-__all__ = ["Backend", "BackendStatus", "backends", "register", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]
+__all__ = ["Backend", "BackendStatus", "backends", "bi_wkv", "register", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]

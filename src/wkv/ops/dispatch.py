@@ -75,6 +75,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced_backend() -> str | None:
+    """The name given to the innermost `use_backend`, or None."""
+    return _forced[-1] if _forced else None
+
+
 def select(operator: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that runs `operator` on tensors like `tensor` [B, T, ...]."""
     table = _table(operator)

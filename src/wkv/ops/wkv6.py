@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, linear_chunked
+from wkv.ops import common, dispatch, linear_chunked, native_matrix
 
 
 def wkv6(
@@ -101,3 +102,4 @@ def reference(
 
 dispatch.register("wkv6", dispatch.Backend("reference", reference))
 dispatch.register("wkv6", dispatch.Backend("chunked", linear_chunked.chunked))
+dispatch.register("wkv6", dispatch.Backend("native", native_matrix.linear, native.unusable))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch
+from wkv.ops import common, dispatch, native_matrix
 from wkv.ops.wkv7_chunked import chunked
 
 
@@ -92,3 +93,4 @@ def reference(
 
 dispatch.register("wkv7", dispatch.Backend("chunked", chunked))
 dispatch.register("wkv7", dispatch.Backend("reference", reference))
+dispatch.register("wkv7", dispatch.Backend("native", native_matrix.wkv7, native.unusable))

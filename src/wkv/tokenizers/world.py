@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
+import operator
 import re
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from wkv.errors import TokenizerError
+from wkv.tokenizers import native_world
 from wkv.tokenizers.base import TableTokenizer, as_bytes
+from wkv.tokenizers.native_world import NativeWorld
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NUM_TOKENS = 65529
 VOCAB_SIZE = 65536
@@ -38,20 +47,49 @@ _PIECES = re.compile(
 )
 
 
+class TokenTable(Sequence[bytes]):
+    """`table[id] -> bytes`, kept as one string of bytes with offsets: a tenth of what 65,536 objects would take."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.joined = b"".join(tokens)
+        self.offsets = array("I", itertools.accumulate(map(len, tokens), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.joined[self.offsets[index] : self.offsets[index + 1]]
+
+
 class _Vocabulary:
-    """`table[id] -> bytes`, `ids[bytes] -> id`, and `lengths[first two bytes]`: token lengths to try, longest first."""
+    """The tokens, and what encoding needs of them, each made when it is first used.
+
+    For native code: `native`. For the Python encoder: `ids[bytes] -> id`, and `lengths[first two bytes]`, the token
+    lengths to try, longest first; these two take 8 MB.
+    """
 
     def __init__(self, tokens: list[bytes]) -> None:
         padding = VOCAB_SIZE - NUM_TOKENS - 1
-        self.table = [b"", *tokens, *[b""] * padding]
-        self.ids = {token: index for index, token in enumerate(tokens, start=1)}
+        self.table = TokenTable([b"", *tokens, *[b""] * padding])
+
+    @functools.cached_property
+    def native(self) -> NativeWorld:
+        return NativeWorld(self.table.joined, self.table.offsets, NUM_TOKENS)
+
+    @functools.cached_property
+    def ids(self) -> dict[bytes, int]:
+        return {self.table[index]: index for index in range(1, NUM_TOKENS + 1)}
+
+    @functools.cached_property
+    def lengths(self) -> dict[bytes, tuple[int, ...]]:
         lengths: dict[bytes, tuple[int, ...]] = {}
-        for token in reversed(tokens):  # sorted by length, so the longest come first
+        shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for token in reversed(self.ids):  # sorted by length, so the longest come first
             tried = lengths.get(token[:2], ())
             if len(token) > 1 and len(token) not in tried:
-                lengths[token[:2]] = (*tried, len(token))
-        shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self.lengths = {start: shared.setdefault(tried, tried) for start, tried in lengths.items()}
+                longer = (*tried, len(token))
+                lengths[token[:2]] = shared.setdefault(longer, longer)
+        return lengths
 
 
 def unpack_vocabulary(packed: bytes) -> list[bytes]:
@@ -94,9 +132,20 @@ class WorldTokenizer(TableTokenizer):
         Never returns id 0 or the padding ids. Raises TokenizerError for other types.
         """
         data = as_bytes(text)
+        if native_world.usable():
+            return self._vocabulary.native.encode(data, len(data))[0]
         if len(data) <= 2 * _BLOCK:
             return self._encode(data)
         return list(self.encode_stream(data[start : start + _BLOCK] for start in range(0, len(data), _BLOCK)))
+
+    def encode_array(self, text: str | bytes) -> NDArray[np.uint16]:
+        """`encode` as a numpy array, uint16 [T]: two bytes per id where a list takes forty. For training data."""
+        data = as_bytes(text)
+        if native_world.usable():
+            return self._vocabulary.native.encode_array(data)
+        import numpy as np
+
+        return np.array(self.encode(data), np.uint16)
 
     def encode_stream(self, chunks: Iterable[str | bytes]) -> Iterator[int]:
         """Ids of a text that comes in chunks (a file read in blocks), in constant memory: `encode` of them all joined.
@@ -110,7 +159,21 @@ class WorldTokenizer(TableTokenizer):
                 ids, used = self._encode_settled(bytes(pending))
                 del pending[:used]
                 yield from ids
-        yield from self._encode(bytes(pending))
+        rest = bytes(pending)
+        yield from self._vocabulary.native.encode(rest, len(rest))[0] if native_world.usable() else self._encode(rest)
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
+        """The bytes of the ids, joined. Any iterable of integers: a list, a one-dimensional tensor or array.
+
+        Raises TokenizerError naming the first id that is not in the vocabulary, and its position.
+        """
+        if not isinstance(ids, (list, tuple)) or not native_world.usable():
+            return super().decode_bytes(ids)
+        try:
+            numbers = array("H", map(operator.index, ids))  # takes 0 .. 65535, which is just the vocabulary
+        except (TypeError, OverflowError):
+            return super().decode_bytes(ids)  # says which of them is no id
+        return self._vocabulary.native.decode(numbers)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "world"}`."""
@@ -118,12 +181,15 @@ class WorldTokenizer(TableTokenizer):
 
     def _encode_settled(self, data: bytes) -> tuple[list[int], int]:
         """The ids that no continuation of `data` can change, and how many bytes they cover."""
+        if native_world.usable():
+            return self._vocabulary.native.encode(data, max(len(data) - LONGEST_TOKEN + 1, 0))
         ids, end = self._encode(data), len(data)
         while ids and end - len(self._table[ids[-1]]) > len(data) - LONGEST_TOKEN:
             end -= len(self._table[ids.pop()])
         return ids, end
 
     def _encode(self, data: bytes) -> list[int]:
+        """The Python encoder: the reference for the native one, and what runs where that is not available."""
         get = self._vocabulary.ids.get
         out: list[int] = []
         for piece in _PIECES.findall(data):
