@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import hypothesis
+import pytest
 import torch
+
+from wkv import native
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--native-library PATH` runs the tests with another build of the native kernels, such as one with sanitizers."""
+    parser.addoption("--native-library", default=None, help="shared library to test in place of the installed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load it before test modules ask whether the kernels are available."""
+    if path := config.getoption("--native-library"):
+        native.load(path)

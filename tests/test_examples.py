@@ -20,7 +20,9 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["batch_generation.py", "chat_with_model.py", "generate_text.py"])
+@pytest.mark.parametrize(
+    "script", ["batch_generation.py", "chat_with_model.py", "generate_text.py", "quantize_model.py"]
+)
 def test_inference_examples(script: str, tmp_path: Path) -> None:
     output = run(script, cwd=tmp_path)
     assert output

@@ -104,9 +104,22 @@ WKV_INLINE void panel_times(const float* panel, int64_t depth, const float* x, i
     for (int i = 0; i < 2; ++i) store<float>(y + m * ld + i * W, sums[m][i]);
 }
 
+// The same for W [K][all]: its rows are pieces of panels already.
 template <class T>
-void many_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y,
-               int64_t ld) {
+void pack_columns(const T* w, int64_t all, int64_t rows, int64_t c0, int64_t c1, float* panel) {
+  for (int64_t c = c0; c < c1; ++c) {
+    float* to = panel + (c - c0) * PANEL;
+    int64_t r = 0;
+    for (; r + W <= rows; r += W) store<float>(to + r, load_floats(w + c * all + r));
+    for (; r < rows; ++r) to[r] = to_float(w[c * all + r]);
+    for (; r < PANEL; ++r) to[r] = 0;
+  }
+}
+
+// `all` is the row length of W [K][all], 0 for W [N][K].
+template <class T>
+void many_rows(const T* w, int64_t k, int64_t all, const Operand& x, int64_t count, int64_t begin, int64_t end,
+               float* y, int64_t ld) {
   alignas(64) float panel[K_BLOCK * PANEL];
   // Results that do not fill a panel are gathered in `rest` first.
   alignas(64) float rest[ROWS * PANEL];
@@ -114,7 +127,8 @@ void many_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t b
     const int64_t rows = std::min<int64_t>(PANEL, end - n);
     for (int64_t c0 = 0; c0 < k; c0 += K_BLOCK) {
       const int64_t c1 = std::min(c0 + K_BLOCK, k);
-      pack(w + n * k, k, rows, c0, c1, panel);
+      if (all > 0) pack_columns(w + n, all, rows, c0, c1, panel);
+      else pack(w + n * k, k, rows, c0, c1, panel);
       const auto run = [&](auto size, int64_t m) {
         constexpr int M = decltype(size)::value;
         const float* in = x.x + m * x.stride + c0;
@@ -141,10 +155,14 @@ void many_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t b
 template <int M, int B, class T>
 WKV_INLINE void column_block(const T* w, int64_t n_all, int64_t k, const float* x, int64_t stride, float* y,
                              int64_t ld) {
+  constexpr int64_t AHEAD = 16;  // rows: their pieces are too short for the processor to see a stream
   Vec<float> sums[M][B] = {};
   for (int64_t c = 0; c < k; ++c) {
     Vec<float> weight[B];
-    for (int b = 0; b < B; ++b) weight[b] = load_floats(w + c * n_all + b * W);
+    for (int b = 0; b < B; ++b) {
+      if (M == 1) __builtin_prefetch(w + (c + AHEAD) * n_all + b * W);
+      weight[b] = load_floats(w + c * n_all + b * W);
+    }
     for (int m = 0; m < M; ++m) {
       const Vec<float> v = splat<float>(x[m * stride + c]);
       for (int b = 0; b < B; ++b) sums[m][b] += weight[b] * v;
@@ -180,10 +198,13 @@ void columns(const T* w, int64_t n_all, int64_t k, const Operand& x, int64_t cou
 template <class T>
 void run(const Matrix& w, const Operand& x, int64_t count, int64_t begin, int64_t end, float* y, int64_t ld) {
   const T* data = static_cast<const T*>(w.data);
-  if (is_columns(w.format)) return columns(data, w.rows, w.cols, x, count, begin, end, y, ld);
+  if (is_columns(w.format)) {
+    if (count < 8) return columns(data, w.rows, w.cols, x, count, begin, end, y, ld);
+    return many_rows(data, w.cols, w.rows, x, count, begin, end, y, ld);
+  }
   if (count == 1) return matvec_rows(data, w.cols, x.x, begin, end, y);
   if (count < 8) return few_rows(data, w.cols, x, count, begin, end, y, ld);
-  many_rows(data, w.cols, x, count, begin, end, y, ld);
+  many_rows(data, w.cols, 0, x, count, begin, end, y, ld);
 }
 
 }  // namespace

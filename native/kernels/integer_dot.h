@@ -33,8 +33,9 @@ WKV_INLINE Codes high_nibbles(Codes c) {
 #endif
 }
 
-// Weights are stored as code = value + OFFSET. `Sum` gathers sum_k value[row][k] * x[k] for 16 rows.
-// At most 512 columns fit before `result` must be taken (8-bit codes), in every variant.
+// Weights are stored as code = value + OFFSET. `Sum` gathers sum_k value[row][k] * x[k] for 16 rows, over one group of
+// 4-bit codes (`group_result`) or up to 512 columns of 8-bit codes (`block_result`). The variant with VNNI multiplies the
+// codes as they are and takes the offsets of the FixedRow away in the end; the others subtract OFFSET first.
 
 #if defined(__AVX512VNNI__)
 
@@ -54,14 +55,13 @@ struct Sum {
     high = _mm512_add_epi32(high, other.high);
     low = _mm512_add_epi32(low, other.low);
   }
-  // `sum_high`, `sum_low`: those of the activations over the same columns.
-  WKV_INLINE Row16 result(int32_t sum_high, int32_t sum_low) const {
-    const __m512i h = _mm512_sub_epi32(high, _mm512_set1_epi32(OFFSET * sum_high));
-    const __m512i l = _mm512_sub_epi32(low, _mm512_set1_epi32(OFFSET * sum_low));
-    if (OFFSET == 8) {  // 32 columns of 4 bits: 256 high + low still fits into 32 bits
-      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l);
-      return reinterpret_cast<Row16>(_mm512_cvtepi32_ps(both));
-    }
+  WKV_INLINE Row16 group_result(int32_t offset) const {
+    const __m512i l = _mm512_sub_epi32(low, _mm512_set1_epi32(offset));
+    return reinterpret_cast<Row16>(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), l)));
+  }
+  WKV_INLINE Row16 block_result(const int32_t* offsets) const {
+    const __m512i h = _mm512_sub_epi32(high, _mm512_set1_epi32(offsets[0]));
+    const __m512i l = _mm512_sub_epi32(low, _mm512_set1_epi32(offsets[1]));
     return reinterpret_cast<Row16>(
         _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l)));
   }
@@ -86,7 +86,9 @@ struct Sum {
     rows_0_7 = _mm512_add_epi32(rows_0_7, other.rows_0_7);
     rows_8_15 = _mm512_add_epi32(rows_8_15, other.rows_8_15);
   }
-  WKV_INLINE Row16 result(int32_t, int32_t) const {
+  WKV_INLINE Row16 group_result(int32_t) const { return result(); }
+  WKV_INLINE Row16 block_result(const int32_t*) const { return result(); }
+  WKV_INLINE Row16 result() const {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     const __m512i total = _mm512_add_epi32(_mm512_permutex2var_epi32(rows_0_7, even, rows_8_15),
@@ -114,7 +116,9 @@ struct Sum {
   WKV_INLINE void add(const Sum& other) {
     for (int i = 0; i < 4; ++i) part[i] = _mm256_add_epi32(part[i], other.part[i]);
   }
-  WKV_INLINE Row16 result(int32_t, int32_t) const {
+  WKV_INLINE Row16 group_result(int32_t) const { return result(); }
+  WKV_INLINE Row16 block_result(const int32_t*) const { return result(); }
+  WKV_INLINE Row16 result() const {
     Row16 y;
     for (int i = 0; i < 2; ++i) {
       const __m256i pairs = _mm256_permute4x64_epi64(_mm256_hadd_epi32(part[2 * i], part[2 * i + 1]), 0xD8);
@@ -151,7 +155,9 @@ struct Sum {
       low[i] = vaddq_s32(low[i], other.low[i]);
     }
   }
-  WKV_INLINE Row16 result(int32_t, int32_t) const {
+  WKV_INLINE Row16 group_result(int32_t) const { return result(); }
+  WKV_INLINE Row16 block_result(const int32_t*) const { return result(); }
+  WKV_INLINE Row16 result() const {
     Row16 y;
     for (int i = 0; i < 4; ++i) {
       const float32x4_t rows = vfmaq_n_f32(vcvtq_f32_s32(low[i]), vcvtq_f32_s32(high[i]), 256.0f);
@@ -176,7 +182,9 @@ struct Sum {
   WKV_INLINE void add(const Sum& other) {
     for (int i = 0; i < TILE_ROWS; ++i) rows[i] += other.rows[i];
   }
-  WKV_INLINE Row16 result(int32_t, int32_t) const {
+  WKV_INLINE Row16 group_result(int32_t) const { return result(); }
+  WKV_INLINE Row16 block_result(const int32_t*) const { return result(); }
+  WKV_INLINE Row16 result() const {
     Row16 y;
     for (int i = 0; i < TILE_ROWS; ++i) y[i] = static_cast<float>(rows[i]);
     return y;

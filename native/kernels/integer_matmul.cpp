@@ -8,13 +8,12 @@ namespace wkv::WKV_ISA {
 namespace {
 
 #if defined(__AVX512VNNI__)
-constexpr int INT8_BLOCK = 8, INT4_BLOCK = 8;
+constexpr int INT8_ROWS = 8, INT4_ROWS = 8;  // rows of activations whose sums the registers hold
 #elif defined(__AVX512BW__)
-constexpr int INT8_BLOCK = 8, INT4_BLOCK = 6;
+constexpr int INT8_ROWS = 8, INT4_ROWS = 6;
 #else
-constexpr int INT8_BLOCK = 2, INT4_BLOCK = 2;
+constexpr int INT8_ROWS = 2, INT4_ROWS = 2;
 #endif
-constexpr int64_t FLUSH = 512;  // columns of 8-bit codes that fit into 32-bit sums
 
 WKV_INLINE Row16 load_halves(const uint16_t* p) {
   Row16 y;
@@ -60,8 +59,8 @@ struct UnpackedInt4Tile {
 template <int M>
 WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, const float* scale, float* y, int64_t ld) {
   Row16 total[M] = {};
-  for (int64_t begin = 0; begin < cols; begin += FLUSH) {
-    const int64_t end = std::min(begin + FLUSH, cols);
+  for (int64_t begin = 0; begin < cols; begin += INT8_BLOCK) {
+    const int64_t end = std::min(begin + INT8_BLOCK, cols);
     Sum<128> sums[M], more[1];
     if (M == 1) {  // one row: four chains of additions hide their latency
       for (int64_t c = begin; c < end; c += 8) {
@@ -75,14 +74,7 @@ WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, co
         for (int m = 0; m < M; ++m) sums[m].add(codes, x[m], c);
       }
     }
-    for (int m = 0; m < M; ++m) {
-      int32_t high = 0, low = 0;
-      for (int64_t g = begin / GROUP; g < end / GROUP; ++g) {
-        high += x[m].sums[2 * g];
-        low += x[m].sums[2 * g + 1];
-      }
-      total[m] += sums[m].result(high, low);
-    }
+    for (int m = 0; m < M; ++m) total[m] += sums[m].block_result(x[m].block_offsets + begin / INT8_BLOCK * 2);
   }
   const Row16 s = load_row16(scale);
   for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * s * x[m].scale);
@@ -104,8 +96,7 @@ WKV_INLINE void int4_tile(const Tile& w, const FixedRow* x, int64_t cols, float*
     }
     if (M == 1) sums[0].add(more[0]);
     const Row16 scale = w.scale(begin);
-    const int64_t g = begin / GROUP;
-    for (int m = 0; m < M; ++m) total[m] += sums[m].result(x[m].sums[2 * g], x[m].sums[2 * g + 1]) * scale;
+    for (int m = 0; m < M; ++m) total[m] += sums[m].group_result(x[m].group_offsets[begin / GROUP]) * scale;
   }
   for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * x[m].scale);
 }
@@ -169,12 +160,12 @@ void integer_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t ro
       float* out = y + first * ld + n;
       if (w.format == Format::int8) {
         const Int8Tile tile{bytes(w) + n * w.cols};
-        in_blocks<INT8_BLOCK>(some, [&](auto size, int64_t m) {
+        in_blocks<INT8_ROWS>(some, [&](auto size, int64_t m) {
           int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n, out + m * ld, ld);
         });
       } else {
         const Int4Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT4_TILE_BYTES};
-        in_blocks<INT4_BLOCK>(some, [&](auto size, int64_t m) {
+        in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
           int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
         });
       }
@@ -220,12 +211,12 @@ void sparse_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row
           const auto* scales = reinterpret_cast<const uint16_t*>(sparse_group(w, 0)) + n + t * TILE_ROWS;
           const int64_t stride = w.rows + GROUP * w.rows / 4;
           const UnpackedInt4Tile tile{codes, scales, stride};
-          in_blocks<INT4_BLOCK>(some, [&](auto size, int64_t m) {
+          in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
             int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
           });
         } else {
           const Int8Tile tile{codes};
-          in_blocks<INT8_BLOCK>(some, [&](auto size, int64_t m) {
+          in_blocks<INT8_ROWS>(some, [&](auto size, int64_t m) {
             int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n + t * TILE_ROWS, out + m * ld, ld);
           });
         }
@@ -269,7 +260,7 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
     const uint8_t* start[GROUP / 4][4];
     alignas(64) int8_t high[GROUP], low[GROUP];
     alignas(64) int16_t both[GROUP];
-    int32_t sum_high = 0, sum_low = 0;
+    int32_t offsets[2] = {0, 0};
     const uint8_t* codes = codes_of(g);
     for (int i = 0; i < count[slot] || i % 4 != 0; ++i) {
       const bool real = i < count[slot];
@@ -278,14 +269,15 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
       high[i] = real ? x.high[g * GROUP + j] : 0;
       low[i] = real ? x.low[g * GROUP + j] : 0;
       both[i] = real ? x.both[g * GROUP + j] : 0;
-      sum_high += high[i];
-      sum_low += low[i];
+      offsets[0] += (int4 ? 8 : 128) * high[i];
+      offsets[1] += (int4 ? 8 : 128) * low[i];
       quads = i / 4 + 1;
     }
-    const FixedRow packed{1.0f, high, low, both, nullptr};
-    const auto finish = [&](auto& sums, int64_t n) {
-      const Row16 s = int4 ? load_halves(reinterpret_cast<const uint16_t*>(sparse_group(w, g)) + n) : Row16{} + 1.0f;
-      store_row16(y + n, load_row16(y + n) + sums.result(sum_high, sum_low) * s * x.scale);
+    const FixedRow packed{1.0f, high, low, both, nullptr, nullptr};
+    const auto add = [&](Row16 sums, int64_t n) { store_row16(y + n, load_row16(y + n) + sums * x.scale); };
+    const auto finish4 = [&](const Sum<8>& sums, int64_t n) {
+      const Row16 scale = load_halves(reinterpret_cast<const uint16_t*>(sparse_group(w, g)) + n);
+      add(sums.group_result(256 * offsets[0] + offsets[1]) * scale, n);
     };
     for (int64_t at = 0; at < column_bytes; at += 64) {
       Codes column[4], tile[4];
@@ -301,8 +293,8 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
           interleave(column, tile);
           for (int t = 0; t < 4; ++t) second[t].add(tile[t], packed, 4 * q);
         }
-        for (int t = 0; t < 4; ++t) finish(first[t], 2 * at + 16 * t);
-        for (int t = 0; t < 4; ++t) finish(second[t], 2 * at + 64 + 16 * t);
+        for (int t = 0; t < 4; ++t) finish4(first[t], 2 * at + 16 * t);
+        for (int t = 0; t < 4; ++t) finish4(second[t], 2 * at + 64 + 16 * t);
       } else {
         Sum<128> sums[4];
         for (int64_t q = 0; q < quads; ++q) {
@@ -310,7 +302,7 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
           interleave(column, tile);
           for (int t = 0; t < 4; ++t) sums[t].add(tile[t], packed, 4 * q);
         }
-        for (int t = 0; t < 4; ++t) finish(sums[t], at + 16 * t);
+        for (int t = 0; t < 4; ++t) add(sums[t].block_result(offsets), at + 16 * t);
       }
     }
   }

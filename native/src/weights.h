@@ -37,6 +37,7 @@ struct Matrix {
 
 constexpr int TILE_ROWS = 16;
 constexpr int GROUP = 32;
+constexpr int64_t INT8_BLOCK = 512;  // columns of 8-bit codes whose products fit into 32-bit sums
 constexpr int64_t INT4_TILE_BYTES = 2 * TILE_ROWS * 2 + 8 * 64;
 
 inline bool is_integer(Format f) { return f >= Format::int8; }
@@ -52,25 +53,28 @@ struct FixedRow {
   const int8_t* high;   // [K padded to 64]
   const int8_t* low;
   const int16_t* both;  // the same numbers as one 16-bit integer
-  const int32_t* sums;  // [K / 32][2]: sums of high and of low, which the offset of the weight codes needs
+  // What the offset of the weight codes (their zero) adds to a product, to be taken away again.
+  const int32_t* group_offsets;  // int4: 8 sum(256 high + low) per 32 columns
+  const int32_t* block_offsets;  // int8: (128 sum(high), 128 sum(low)) per 512 columns
 };
 
 // Where the pieces of a FixedRow for K columns lie in one block of memory, in bytes.
 struct FixedLayout {
-  int64_t cols, high, low, both, sums, bytes;
+  int64_t cols, high, low, both, groups, blocks, bytes;
   explicit FixedLayout(int64_t k) {
     cols = round_up(k, 64);
     high = 64;
     low = high + cols;
     both = low + cols;
-    sums = both + 2 * cols;
-    bytes = round_up(sums + cols / GROUP * 8, 64);
+    groups = both + 2 * cols;
+    blocks = groups + cols / GROUP * 4;
+    bytes = round_up(blocks + round_up(cols, INT8_BLOCK) / INT8_BLOCK * 8, 64);
   }
   FixedRow at(const void* block) const {
     const char* p = static_cast<const char*>(block);
     return {*reinterpret_cast<const float*>(p), reinterpret_cast<const int8_t*>(p + high),
             reinterpret_cast<const int8_t*>(p + low), reinterpret_cast<const int16_t*>(p + both),
-            reinterpret_cast<const int32_t*>(p + sums)};
+            reinterpret_cast<const int32_t*>(p + groups), reinterpret_cast<const int32_t*>(p + blocks)};
   }
 };
 

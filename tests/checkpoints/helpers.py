@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import wkv
-from wkv.checkpoints.ggml_blocks import BLOCK_TYPES, dequantise
+from wkv.quantization.ggml_blocks import BLOCK_TYPES, dequantize
 
 NAMES = ("rwkv4", "rwkv5", "rwkv5_0", "rwkv5_1", "rwkv6", "rwkv7", "rwkv7a")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -81,7 +81,7 @@ def write_rwkv_cpp(
         data, here = stored.float().numpy(), 0
         if quantised:
             data, here = random_blocks(kind, stored.shape), number
-            expected[key] = torch.from_numpy(dequantise(kind, data)).reshape(stored.shape)
+            expected[key] = torch.from_numpy(dequantize(kind, data)).reshape(stored.shape)
         elif matrix and number == 1:
             data, here = data.astype("<f2"), 1
             expected[key] = value.half().float()
@@ -94,7 +94,7 @@ def write_rwkv_cpp(
 
 
 def random_blocks(kind: str, shape: torch.Size) -> Any:
-    layout = BLOCK_TYPES[kind][0]
+    layout = BLOCK_TYPES[kind].layout
     rng = np.random.default_rng(7)
     data = np.frombuffer(rng.bytes(layout.itemsize * (shape.numel() // 32)), layout).copy()
     for scale in {"d", "m"} & set(layout.names or ()):

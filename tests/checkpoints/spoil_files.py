@@ -121,7 +121,7 @@ def spoil_content(rng: random.Random, folder: Path) -> Spoiled:
 
 
 FILES: dict[bytes, str | tuple[str, str]] = {
-    b"": "empty", b"GGUF\x03\x00\x00\x00": "GGUF", b"version https://git-lfs.github.com/spec/v1\noid": "git-lfs",
+    b"": "empty", b"GGUF\x03\x00\x00\x00": "truncated", b"version https://git-lfs.github.com/spec/v1\noid": "git-lfs",
     b"<!DOCTYPE html><html>": "web page", b'\n {"error": "gated"}': "JSON", b"\x1f\x8b\x08\x00": "gzip",
     b"\x80\x02}q\x00.": "PyTorch before 1.6", b"tjgg\x01\x00\x00\x00": "ggjt", b"\x00" * 100: "not a checkpoint",
     b"hello": "not a checkpoint", b"PK\x03\x04": "damaged", b"fmgg": ("truncated", "of version"),

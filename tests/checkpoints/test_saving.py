@@ -114,7 +114,6 @@ def test_shards(form: str, limit: int | str, tmp_path: Path) -> None:
     ({"path": "m.pth"}, "ends in .safetensors"),
     ({"path": "m.bin", "format": "official"}, "ends in .pth or .pt or .safetensors"),
     ({"path": "m.safetensors", "format": "hf"}, "'hf' is not available yet; one of wkv, official"),
-    ({"path": "m.gguf", "format": "gguf"}, "'gguf' is not available yet; one of wkv, official"),
     ({"path": "m.gguf", "format": "onnx"}, "'onnx' is unknown; one of wkv, official"),
     ({"path": "absent/m.safetensors"}, "absent does not exist"),
     ({"path": "folder.safetensors"}, "is a folder"),

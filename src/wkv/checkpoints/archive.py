@@ -46,6 +46,11 @@ class Stored:
             count *= size
         return count
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values as `read` returns them; 0 if they have no type of `FLOATS`."""
+        return 0 if self.dtype is None else self.numel * self.dtype.itemsize
+
     def then(self, function: Callable[[Tensor], Tensor], shape: Shape | None = None) -> Stored:
         """The tensor after `function`, which is called when the values are read; `shape` if it changes."""
         return Stored(shape or self.shape, self.dtype, self.kind, self.origin, lambda: function(self.read()))
@@ -57,7 +62,7 @@ class Archive:
 
     Args:
         label: what error messages call the source.
-        format: "safetensors", "pth", "rwkv.cpp" or "state dict".
+        format: "safetensors", "pth", "gguf", "rwkv.cpp" or "state dict".
         tensors: key -> tensor, keys as stored.
         extras: keys whose values are not tensors -> the name of their type.
         metadata: text the file carries beside the tensors.

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from wkv.checkpoints.archive import Archive, from_mapping, listing, merge
+from wkv.checkpoints.gguf import open_gguf
 from wkv.checkpoints.rwkv_cpp import open_rwkv_cpp
 from wkv.checkpoints.safetensors_file import open_safetensors
 from wkv.checkpoints.torch_file import open_torch, unwrap
@@ -19,14 +20,13 @@ from wkv.errors import CheckpointError
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".gguf", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
-ACCEPTED = ".safetensors, .pth, a folder of shards, or an rwkv.cpp .bin"
+ACCEPTED = ".safetensors, .pth, .gguf, a folder of shards, or an rwkv.cpp .bin"
 _SHARD = re.compile(r"^(?P<name>.*)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})(?P<suffix>\.\w+)$")
 
 # First bytes of files that are not checkpoints we read -> what they are and what to do.
 _FOREIGN_FILES = {
-    b"GGUF": "a GGUF file, which wkv cannot read yet; load the official .pth or .safetensors it was made from",
     b"lmgg": "a ggml file of llama.cpp's early days, not an RWKV checkpoint",
     b"tjgg": "a ggjt file of llama.cpp's early days, not an RWKV checkpoint",
     b"version https://git-lfs": "a git-lfs pointer, not the checkpoint itself; fetch it with `git lfs pull`",
@@ -137,6 +137,8 @@ def _open_file(path: Path) -> Archive:
         raise CheckpointError(f"{path}: the file is empty")
     if start.startswith(b"PK\x03\x04"):
         return open_torch(path)
+    if start.startswith(b"GGUF"):
+        return open_gguf(path)
     if start.startswith(b"fmgg"):
         return open_rwkv_cpp(path)
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[5:8] == b"\0\0\0"):

@@ -20,7 +20,7 @@ _KEYS = {
     r"\.ffnPre\.": ("an RWKV with the research option pre_ffn", _NOT_YET),
     r"\.tiny_": ("an RWKV with the research option of tiny attention", _NOT_YET),
     r"\.att\.(qq|kk|vv|oo)\b": ("RWKV-4a (tiny attention)", _NOT_YET),
-    r"^(token_embd|blk\.\d+)\.": ("named as in GGUF", "wkv cannot read GGUF yet; " + _OFFICIAL),
+    r"^(token_embd|blk\.\d+)\.": ("named as in GGUF", "load the .gguf file itself"),
     r"(^|\.)lora_[AB]\b|\.bone$|^base_model\.": ("an adapter (LoRA or alike), not a model", "merge it first"),
     r"^rwkv\.(embeddings|blocks)\.": ("RWKV-4 in the names of transformers", "wkv cannot read them yet; " + _OFFICIAL),
     r"^(model\.)?(embeddings|embed_tokens|layers\.\d+)\.": (

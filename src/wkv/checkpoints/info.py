@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from wkv.checkpoints.archive import NOT_STORED, Archive, type_name
+from wkv.checkpoints.archive import NOT_STORED, Archive, Stored, type_name
 from wkv.checkpoints.files import Source, open_archive
 from wkv.checkpoints.loading import read_tokenizer
 from wkv.checkpoints.official import TITLES
@@ -22,7 +23,7 @@ class CheckpointInfo:
 
     Args:
         source: path, or "the state dict".
-        format: "safetensors", "wkv" (safetensors written by this library), "pth", "rwkv.cpp", "state" (a saved
+        format: "safetensors", "wkv" (safetensors written by this library), "pth", "gguf", "rwkv.cpp", "state" (a saved
             `State`) or "state dict".
         dtype: type the parameters have once loaded.
         model: registered name, such as "rwkv7".
@@ -30,6 +31,7 @@ class CheckpointInfo:
         config: all sizes; for a state its layers and sequences.
         num_parameters: number of stored values that belong to the model.
         dtypes: how values are stored ("bfloat16", "Q5_1") -> number of tensors.
+        kind_bytes: for files with int8 or int4 weights, how values are stored -> bytes of these tensors.
         file_bytes: size of all files.
         state_bytes: memory of one sequence while the model runs.
         tokenizer: kind of the tokenizer in the file, or None.
@@ -47,6 +49,7 @@ class CheckpointInfo:
     dtypes: dict[str, int]
     file_bytes: int
     state_bytes: int
+    kind_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     tokenizer: str | None = None
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
@@ -84,9 +87,12 @@ def inspect(source: Source) -> CheckpointInfo:
         CheckpointError: if it cannot be read or is not one of ours. Missing or unexpected keys are reported instead.
     """
     archive = open_archive(source)
+    from wkv.quantization.files import claim_quantized
+
     if "wkv_state" in archive.metadata and isinstance(source, str | os.PathLike):
         return _state_info(archive, source)
     checkpoint = recognise(archive)
+    quantized = claim_quantized(checkpoint)
     model = build(checkpoint)
     problems = compare(checkpoint, model)
     try:
@@ -105,21 +111,32 @@ def inspect(source: Source) -> CheckpointInfo:
         config=model.config.to_dict(),
         num_parameters=sum(tensor.numel for key, tensor in stored.items() if key in known),
         dtypes=dict(dtypes.most_common()),
+        kind_bytes=_bytes_by_kind(stored.values()) if quantized else {},
         file_bytes=archive.file_bytes,
         state_bytes=model.init_state(1, device="meta", dtype=checkpoint.dtype).num_bytes,
         tokenizer=str(checkpoint.tokenizer.get("kind")) if checkpoint.tokenizer else None,
         missing=problems.missing,
         unexpected=problems.unexpected,
         misfits=problems.misfits,
-        notes=_notes(checkpoint, dtypes),
+        notes=_notes(checkpoint, dtypes, bool(quantized)),
     )
 
 
-def _notes(checkpoint: Checkpoint, dtypes: Counter[str]) -> list[str]:
+def _bytes_by_kind(tensors: Iterable[Stored]) -> dict[str, int]:
+    """Bytes of all tensors of each kind, scales included."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.kind] += tensor.num_bytes
+    return dict(sizes.most_common())
+
+
+def _notes(checkpoint: Checkpoint, dtypes: Counter[str], quantized: bool) -> list[str]:
     notes = list(checkpoint.notes)
-    if len(dtypes) > 1:
+    if quantized:
+        notes.append("quantised: int8 and int4 weights are used as they lie in the file, others keep their own types")
+    elif len(dtypes) > 1:
         notes.append(f"stored in several types; all becomes {type_name(checkpoint.dtype)} unless a dtype is asked for")
-    if "wkv" not in checkpoint.archive.metadata:
+    if not checkpoint.archive.metadata.keys() & {"wkv", "gguf"}:
         notes.append("eps of the norms: official values, such files do not store them")
     if checkpoint.tuned:
         notes.append("holds a tuned initial state, which load_model keeps as model.tuned_state")

@@ -22,9 +22,11 @@ def load_model(
     """Load any checkpoint; version and sizes are read from its keys and shapes.
 
     Args:
-        source: a .pth or .safetensors file, a folder of shards, an rwkv.cpp .bin file, a list of shard files, or a
-            state dict (whose tensors are copied).
-        dtype: type of all parameters; by default the type of the file's large matrices, for all parameters.
+        source: a .pth, .safetensors or .gguf file, a folder of shards, an rwkv.cpp .bin file, a list of shard files,
+            or a state dict (whose tensors are copied).
+        dtype: type of all parameters; by default the type of the file's large matrices, for all parameters (float32
+            if they are ggml blocks). What `quantize_model` made keeps the types of the file by default and stays in
+            the mapped file; int8 and int4 weights do so with any dtype.
         device: where to put them; the CPU by default.
         overrides: configuration fields that no file tells: norm_eps, head_norm_eps.
 
@@ -36,16 +38,24 @@ def load_model(
         CheckpointError: if the file is truncated, foreign or inconsistent, or an override contradicts it.
         WkvError: for an unknown override, type or device.
     """
+    from wkv.quantization.files import claim_quantized, install_stored
+
     dtype, device = parse_dtype(dtype), _device(device)
     checkpoint = recognise(open_archive(source))
+    quantized = claim_quantized(checkpoint)
     model = build(checkpoint, overrides)
     problems = compare(checkpoint, model)
     if problems:
         raise checkpoint.archive.error(f"recognised as {checkpoint.title}, but {problems}")
     place = functools.partial(_materialise, dtype=dtype or checkpoint.dtype, device=device)
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items() if key not in quantized}
     tuned, tokenizer = _tuned_state(checkpoint, model, place), read_tokenizer(checkpoint)
-    model.load_state_dict({key: place(checkpoint.tensors[key], shape) for key, shape in shapes.items()}, assign=True)
+    if quantized:
+        place = functools.partial(_mapped, dtype=dtype, device=device)
+    values = {key: place(checkpoint.tensors[key], shape) for key, shape in shapes.items()}
+    model.load_state_dict(values, strict=not quantized, assign=True)
+    if quantized:
+        install_stored(model, quantized, device)
     model.tokenizer = tokenizer
     model.tuned_state = tuned
     return model.eval()
@@ -76,6 +86,11 @@ def _materialise(stored: Stored, shape: torch.Size, dtype: torch.dtype, device: 
     """A contiguous tensor with memory of its own."""
     result = torch.empty(shape, dtype=dtype, device=device)
     return result.copy_(stored.read().reshape(shape))
+
+
+def _mapped(stored: Stored, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """As `_materialise`, but in the memory of the mapped file (copied when written to) where nothing is converted."""
+    return stored.read().reshape(shape).to(device, dtype)
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Any:

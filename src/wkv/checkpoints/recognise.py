@@ -18,6 +18,7 @@ from wkv.checkpoints.foreign import refuse_foreign, refuse_variants
 from wkv.checkpoints.official import FIELDS, TITLES, official_keys
 from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
+from wkv.layers.meta import without_values
 from wkv.registry import create_config, entry
 
 _PREFIX = re.compile(r"^((_forward_module|module|_orig_mod)\.|model\.(?=(emb|blocks|ln_out|head)\.))+")
@@ -83,6 +84,7 @@ def recognise(archive: Archive) -> Checkpoint:
     checkpoint = Checkpoint(archive, name, {}, tensors, tuned, notes=list(archive.notes))
     _convert_bonus(checkpoint)
     _read_sizes(checkpoint)
+    _add_gguf_fields(checkpoint)
     _fill_first_layer(checkpoint)
     return checkpoint
 
@@ -103,6 +105,13 @@ def _read_sizes(checkpoint: Checkpoint) -> None:
     letters = detect.sizes(checkpoint.archive, checkpoint.name, shapes)
     checkpoint.fields = {FIELDS[letter]: value for letter, value in letters.items() if letter != "H"}
     checkpoint.fields["num_layers"] = layers
+
+
+def _add_gguf_fields(checkpoint: Checkpoint) -> None:
+    """GGUF metadata tell the eps of the norms and the tokenizer."""
+    told = json.loads(checkpoint.archive.metadata.get("gguf", "{}"))
+    checkpoint.fields = {**told.get("fields", {}), **checkpoint.fields}
+    checkpoint.tokenizer = told.get("tokenizer")
 
 
 def _convert_bonus(checkpoint: Checkpoint) -> None:
@@ -195,7 +204,7 @@ def build(checkpoint: Checkpoint, overrides: Mapping[str, Any] | None = None) ->
             raise error(f"{key} is {checkpoint.fields[key]!r} in the file, it cannot be {value!r}")
     if overrides:
         config = create_config(checkpoint.name, **{**checkpoint.fields, **overrides})
-    with torch.device("meta"):
+    with without_values():
         model: LanguageModel = entry(checkpoint.name).model_class(config)
     return model
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from wkv.checkpoints.archive import Archive, Stored, printable
-from wkv.checkpoints.ggml_blocks import BLOCK, BLOCK_TYPES, dequantise, num_bytes
 from wkv.errors import CheckpointError
+from wkv.quantization.ggml_blocks import BLOCK, BLOCK_TYPES, dequantize, num_bytes
 
 _KINDS = {0: "float32", 1: "float16", 2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
 _VERSIONS = (100, 101)
@@ -104,7 +104,7 @@ class _Reader:
 
         def read() -> Tensor:
             values = self.data[start : start + size]
-            array = dequantise(kind, values) if kind in BLOCK_TYPES else np.frombuffer(values, kind).copy()
+            array = dequantize(kind, values) if kind in BLOCK_TYPES else np.frombuffer(values, kind).copy()
             return torch.from_numpy(array).reshape(shape)
 
         return Stored(shape, dtype, kind, str(self.path), read)

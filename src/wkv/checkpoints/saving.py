@@ -1,4 +1,4 @@
-"""`save_model`: our own one-file format, and the official layouts that other RWKV programs read."""
+"""`save_model`: our own one-file format, and the layouts that other RWKV programs read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wkv.checkpoints.gguf_saving import Recipe, recipe, save_gguf
 from wkv.checkpoints.loading import parse_dtype
 from wkv.errors import WkvError
 from wkv.files import replacing
 from wkv.layers.language_model import LanguageModel
 
-_SUFFIXES = {"wkv": (".safetensors",), "official": (".pth", ".pt", ".safetensors")}
-_LATER = ("hf", "gguf")
+_SUFFIXES = {"wkv": (".safetensors",), "official": (".pth", ".pt", ".safetensors"), "gguf": (".gguf",)}
+_LATER = ("hf",)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -27,37 +28,70 @@ def save_model(
     format: str = "wkv",
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
+    quantization: str | None = None,
+    head_quantization: str | None = None,
 ) -> None:
     """Write a model to one file, or to shards. The files appear only when all of them are complete.
 
     Args:
         model: a model of this library.
-        path: where to; `format="wkv"` writes .safetensors, `"official"` .pth or .safetensors by the suffix.
+        path: where to; `format="wkv"` writes .safetensors, `"official"` .pth or .safetensors by the suffix, `"gguf"`
+            .gguf.
         format: "wkv" keeps the configuration and the tokenizer beside the weights; "official" has the names, shapes
-            and nothing else, for other RWKV programs.
-        dtype: type to convert to; the model's own by default.
+            and nothing else, for other RWKV programs; "gguf" is for llama.cpp and holds RWKV-6 and RWKV-7, with the
+            tokenizer. Weights of `quantize_model` stay as they are in "wkv" files and become floating point in others.
+        dtype: type to convert to; the model's own by default. A GGUF file keeps vectors and low-rank matrices in
+            float32 whatever the type.
         max_shard_size: bytes, or text such as "2GB": larger .safetensors files are split into numbered shards with
             an index `<name>.safetensors.index.json`.
+        quantization: for GGUF, what the large matrices become instead: "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1",
+            "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", or "Q4_K_M" and "Q5_K_M", whose head is Q6_K.
+        head_quantization: for GGUF, another type for the head.
 
     Raises:
         WkvError: for an unknown format or suffix, or if a file cannot be written. Nothing is left behind then.
     """
     path = Path(path)
     _check_format(format, path)
+    if format != "wkv":
+        model = _plain(model)
     dtype, limit = parse_dtype(dtype), _shard_limit(max_shard_size, path)
-    tensors = _tensors(model, dtype)
-    metadata = {"wkv": json.dumps(_description(model))} if format == "wkv" else {}
+    chosen = _gguf_recipe(model, format, dtype, quantization, head_quantization)
     try:
-        if path.suffix == ".safetensors":
-            _write_safetensors(path, tensors, metadata, limit)
+        if chosen is not None:
+            save_gguf(model, path, chosen)
         else:
-            with replacing([path]) as [temporary], open(temporary, "wb") as file:
-                torch.save(tensors, file)
+            _save_tensors(model, path, format, dtype, limit)
     except (OSError, RuntimeError) as error:
         if isinstance(error, WkvError):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WkvError(f"{path}: could not be written ({reason})") from error
+
+
+def _gguf_recipe(
+    model: LanguageModel, format: str, dtype: torch.dtype | None, quantization: str | None, head: str | None
+) -> Recipe | None:
+    """The types of a GGUF file; None for other formats."""
+    _check_model(model)
+    if format != "gguf":
+        if quantization is not None or head is not None:
+            raise WkvError(f"quantization is for format 'gguf', not for {format!r}")
+        return None
+    if dtype is not None and quantization is not None:
+        raise WkvError(f"give dtype or quantization, not both (found {dtype} and {quantization})")
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return recipe(quantization, head, dtype or own)
+
+
+def _save_tensors(model: LanguageModel, path: Path, format: str, dtype: torch.dtype | None, limit: int | None) -> None:
+    tensors = _tensors(model, dtype)
+    metadata = {"wkv": json.dumps(_description(model))} if format == "wkv" else {}
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, tensors, metadata, limit)
+        return
+    with replacing([path]) as [temporary], open(temporary, "wb") as file:
+        torch.save(tensors, file)
 
 
 def _check_format(format: str, path: Path) -> None:
@@ -86,23 +120,40 @@ def _shard_limit(size: int | str | None, path: Path) -> int | None:
     return limit
 
 
+def _plain(model: LanguageModel) -> LanguageModel:
+    """The model in floating point: other programs do not know our quantised weights."""
+    from wkv.quantization.model import dequantize_model, is_quantized
+
+    _check_model(model)
+    return dequantize_model(model) if is_quantized(model) else model
+
+
 def _description(model: LanguageModel) -> dict[str, Any]:
     from wkv import __version__
+    from wkv.quantization.files import describe
 
     tokenizer = model.tokenizer.to_dict() if model.tokenizer is not None else None
-    return {"model": model.name, "config": model.config.to_dict(), "tokenizer": tokenizer, "version": __version__}
+    text = {"model": model.name, "config": model.config.to_dict(), "tokenizer": tokenizer, "version": __version__}
+    quantized = describe(model)
+    return {**text, "quantization": quantized} if quantized else text
+
+
+def _check_model(model: LanguageModel) -> None:
+    if not isinstance(model, LanguageModel):
+        raise WkvError(f"save_model takes a model of this library, found {type(model).__name__}")
 
 
 def _tensors(model: LanguageModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU that share no memory with each other, under their official names."""
-    if not isinstance(model, LanguageModel):
-        raise WkvError(f"save_model takes a model of this library, found {type(model).__name__}")
+    from wkv.quantization.files import stored_tensors
+
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for key, value in {**model.state_dict(), **_tuned_state(model)}.items():
+    for key, value in {**stored_tensors(model), **_tuned_state(model)}.items():
         if value.is_meta:
             raise WkvError(f"{key} has no values (it is on the meta device); load or initialise the model first")
-        tensor = value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        kept = key.endswith(".weight.scale") or not value.is_floating_point()
+        tensor = value.detach().to("cpu", None if kept else dtype).contiguous()
         # torch.save writes whole storages, safetensors refuses shared ones.
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():

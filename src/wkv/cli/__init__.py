@@ -42,7 +42,7 @@ def _register(verbs: tuple[str, ...]) -> None:
             app.command(verb)(getattr(module, verb))
 
 
-_register(("demo", "info", "generate", "chat", "train", "tokenizer", "doctor"))
+_register(("demo", "info", "generate", "chat", "train", "quantize", "bench", "tokenizer", "doctor"))
 
 
 def main() -> None:

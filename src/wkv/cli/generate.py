@@ -76,7 +76,7 @@ def load_state(model: LanguageModel, path: Path | None, rows: int) -> State | No
 
     if path is None:
         return None
-    state = State.load(path, model.ln_out.weight.device)
+    state = State.load(path, next(model.parameters()).device)
     return state if state.batch_size == rows else state.select([0] * rows) if state.batch_size == 1 else state
 
 

@@ -54,7 +54,7 @@ def rows(found: CheckpointInfo) -> list[tuple[str, str]]:
         ("format", found.format),
         ("model", found.model),
         *groups(found),
-        ("stored as", ", ".join(f"{kind} ({count} tensors)" for kind, count in found.dtypes.items())),
+        ("stored as", ", ".join(stored_as(found))),
         ("file size", size(found.file_bytes)),
         ("state", f"{size(found.state_bytes)} per sequence"),
         ("tokenizer", found.tokenizer or ""),
@@ -64,6 +64,12 @@ def rows(found: CheckpointInfo) -> list[tuple[str, str]]:
         *(("note", text) for text in found.notes),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def stored_as(found: CheckpointInfo) -> list[str]:
+    """One text for each kind: "int4 (48 tensors, 1.2 MB)"."""
+    sizes = {kind: f", {size(count).split(' (')[0]}" for kind, count in found.kind_bytes.items()}
+    return [f"{kind} ({count} tensors{sizes.get(kind, '')})" for kind, count in found.dtypes.items()]
 
 
 def groups(found: CheckpointInfo) -> list[tuple[str, str]]:

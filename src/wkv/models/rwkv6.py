@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import GatedChannelMix
 from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.low_rank import times
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline
 from wkv.ops import wkv6
@@ -90,7 +91,7 @@ class TimeMix(nn.Module):
         r_BTHN = wide(self.receptance(xr)).view(heads)
         k_BTHN = wide(self.key(xk)).view(heads)
         v_BTHN = wide(self.value(xv)).view(heads)
-        w_BTA = wide(self.time_decay) + wide(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
+        w_BTA = wide(self.time_decay) + wide(times(torch.tanh(times(xw, self.time_decay_w1)), self.time_decay_w2))
         log_w_BTHN = -torch.exp(w_BTA).view(heads)
         y_BTHN, wkv = wkv6(
             r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, wide(self.time_faaaa), state["wkv"],
@@ -101,9 +102,9 @@ class TimeMix(nn.Module):
 
     def mixtures(self, z_BTC: Tensor, d_BTC: Tensor) -> list[Tensor]:
         """The inputs of decay, key, value, receptance and gate [B, T, C], given z and d = previous z - z."""
-        hidden_BTM = torch.tanh(torch.addcmul(z_BTC, d_BTC, self.time_maa_x) @ self.time_maa_w1)
+        hidden_BTM = torch.tanh(times(torch.addcmul(z_BTC, d_BTC, self.time_maa_x), self.time_maa_w1))
         hidden_5BTM = hidden_BTM.unflatten(-1, (5, -1)).flatten(0, 1).transpose(0, 1)
-        moved_5BTC = (hidden_5BTM @ self.time_maa_w2).unflatten(1, z_BTC.shape[:2])
+        moved_5BTC = times(hidden_5BTM, self.time_maa_w2).unflatten(1, z_BTC.shape[:2])
         shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return [z_BTC + d_BTC * (share + moved) for share, moved in zip(shares, moved_5BTC, strict=True)]
 

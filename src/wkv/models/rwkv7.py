@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import squared_relu
 from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.low_rank import times
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline
 from wkv.ops import wkv7
@@ -98,13 +99,15 @@ class TimeMix(nn.Module):
             torch.addcmul(z_BTC, d_BTC, x) for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
         r_BTA, k_BTA, v_BTA = self.receptance(xr), self.key(xk), self.value(xv)
-        log_w_BTA = LOG_DECAY_SCALE * torch.sigmoid(wide(self.w0) + wide(torch.tanh(xw @ self.w1) @ self.w2))
-        iclr_BTA = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        gate_BTA = torch.sigmoid(xg @ self.g1) @ self.g2
+        moved_BTA = times(torch.tanh(times(xw, self.w1)), self.w2)
+        log_w_BTA = LOG_DECAY_SCALE * torch.sigmoid(wide(self.w0) + wide(moved_BTA))
+        iclr_BTA = torch.sigmoid(self.a0 + times(times(xa, self.a1), self.a2))
+        gate_BTA = times(torch.sigmoid(times(xg, self.g1)), self.g2)
         if self.layer == 0:
             carry = {**carry, "first_value": v_BTA}
         else:
-            v_BTA = v_BTA + (carry["first_value"] - v_BTA) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+            share_BTA = torch.sigmoid(self.v0 + times(times(xv, self.v1), self.v2))
+            v_BTA = v_BTA + (carry["first_value"] - v_BTA) * share_BTA
 
         heads = (*z_BTC.shape[:2], self.num_heads, self.head_size)
         r_BTHN, v_BTHN = r_BTA.view(heads), v_BTA.view(heads)

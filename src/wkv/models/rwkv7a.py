@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import squared_relu
 from wkv.layers.language_model import Block
+from wkv.layers.low_rank import times
 from wkv.layers.timeline import Timeline
 from wkv.models.rwkv7 import PRESETS as RWKV7_PRESETS
 from wkv.models.rwkv7 import RWKV7, RWKV7Config, TimeMix
@@ -64,8 +65,8 @@ class ChannelMix(nn.Module):
         h_BTF = squared_relu(self.key(torch.addcmul(z_BTC, shifted_BTC - z_BTC, self.x_k)))
         matrix_BTRR = self.s_emb(carry["tokens"]) + self.s_emb_x(carry["token_embedding"])
         matrix_BTRR = matrix_BTRR.unflatten(-1, (self.rank, self.rank))
-        gate_BTR = ((z_BTC @ self.s1).unsqueeze(-2) @ matrix_BTRR).squeeze(-2)
-        gate_BTF = gate_BTR @ self.s2 + self.s0
+        gate_BTR = (times(z_BTC, self.s1).unsqueeze(-2) @ matrix_BTRR).squeeze(-2)
+        gate_BTF = times(gate_BTR, self.s2) + self.s0
         return self.value(h_BTF * gate_BTF), {"ffn_shift": ffn_shift}
 
     def reset_parameters(self) -> None:

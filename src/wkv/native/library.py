@@ -27,6 +27,7 @@ class _Loaded:
     library: ctypes.CDLL | None = None
     reason: str | None = None
     tried = False
+    threads = "of its own"
 
 
 def available() -> bool:
@@ -98,6 +99,11 @@ def num_threads() -> int:
     return torch.get_num_threads()
 
 
+def threads() -> str:
+    """Where the kernels' threads come from, in words."""
+    return _Loaded.threads
+
+
 def instruction_set() -> str:
     """The instruction set in use, one of `INSTRUCTION_SETS`."""
     return INSTRUCTION_SETS[function("wkv_instruction_set", "")()]
@@ -154,6 +160,7 @@ def _share_threads_with_torch(library: ctypes.CDLL) -> None:
 
     A second pool beside it would share the cores with threads that spin while they wait.
     """
+    _Loaded.threads = "of its own"
     folder = Path(torch.__file__).parent
     for path in [*(folder / "lib").glob("libgomp*"), *folder.with_name("torch.libs").glob("libgomp*")]:
         runtime = ctypes.CDLL(str(path))
@@ -162,4 +169,5 @@ def _share_threads_with_torch(library: ctypes.CDLL) -> None:
         use = library.wkv_use_openmp
         use.argtypes, use.restype = [ctypes.c_void_p] * 3, None
         use(*addresses)
+        _Loaded.threads = "shared with torch (OpenMP)"
         return
