@@ -8,6 +8,7 @@ namespace wkv::WKV_ISA {
 namespace {
 
 constexpr int W = LANES<float>;
+using Integers = typename Lanes<float>::integer;
 typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef int8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4)));
 
@@ -29,6 +30,9 @@ float largest_of(const float* x, int64_t k) {
   return largest + bad;
 }
 
+// The sum of the lanes; below 2^24, so that floats hold it.
+WKV_INLINE int32_t total_of(Integers v) { return static_cast<int32_t>(sum<float>(__builtin_convertvector(v, Vec<float>))); }
+
 }  // namespace
 
 // x [K] -> the block `out`. A row with NaN or infinite values gets a NaN scale, and with it every product.
@@ -44,38 +48,43 @@ void to_fixed_point(const float* x, int64_t k, char* out) {
   // 32512 = 127 * 256, so that both halves stay within int8.
   *reinterpret_cast<float*>(out) = largest / 32512.0f;
   const float inverse = largest > 0 ? 32512.0f / largest : 0.0f;
-  const auto store_codes = [&](int64_t i, Vec<float> v) {
+  // Stores the codes of W values, adds them to `all` and their high halves to `upper`.
+  const auto store_codes = [&](int64_t i, Vec<float> v, Integers& all, Integers& upper) {
     // 1.5 * 2^23 added rounds to the nearest integer and leaves it in the low bits.
     const Vec<float> shifted = v * inverse + 12582912.0f;
-    typename Lanes<float>::integer code;
+    Integers code;
     std::memcpy(&code, &shifted, sizeof code);
     code -= 0x4B400000;
-    const auto h = (code + 128) >> 8;
+    const Integers h = (code + 128) >> 8;
     const Shorts s = __builtin_convertvector(code, Shorts);
-    const Bytes upper = __builtin_convertvector(h, Bytes), lower = __builtin_convertvector(code - (h << 8), Bytes);
+    const Bytes high_bytes = __builtin_convertvector(h, Bytes);
+    const Bytes low_bytes = __builtin_convertvector(code - (h << 8), Bytes);
     std::memcpy(both + i, &s, sizeof s);
-    std::memcpy(high + i, &upper, sizeof upper);
-    std::memcpy(low + i, &lower, sizeof lower);
+    std::memcpy(high + i, &high_bytes, sizeof high_bytes);
+    std::memcpy(low + i, &low_bytes, sizeof low_bytes);
+    all += code;
+    upper += h;
   };
-  int64_t i = 0;
-  if (inverse > 0)
-    for (; i + W <= k; i += W) store_codes(i, load(x + i));
-  for (; i < layout.cols; i += W) {
+  const auto values = [&](int64_t i) {
+    if (inverse > 0 && i + W <= k) return load(x + i);
     Vec<float> rest = {};
     for (int lane = 0; lane < W && i + lane < k && inverse > 0; ++lane) rest[lane] = x[i + lane];
-    store_codes(i, rest);
-  }
-  for (int64_t b = 0; b * INT8_BLOCK < layout.cols; ++b) blocks[2 * b] = blocks[2 * b + 1] = 0;
-  for (int64_t g = 0; g < layout.cols / GROUP; ++g) {
-    int32_t sum_high = 0, sum_low = 0;
-    for (int j = 0; j < GROUP; ++j) {
-      sum_high += high[g * GROUP + j];
-      sum_low += low[g * GROUP + j];
+    return rest;
+  };
+  for (int64_t begin = 0; begin < layout.cols; begin += INT8_BLOCK) {
+    Integers upper = {};
+    int32_t block = 0;
+    const int64_t end = std::min(begin + INT8_BLOCK, layout.cols);
+    for (int64_t g = begin; g < end; g += GROUP) {
+      Integers all = {};
+      for (int64_t i = g; i < g + GROUP; i += W) store_codes(i, values(i), all, upper);
+      const int32_t total = total_of(all);
+      groups[g / GROUP] = 8 * total;
+      block += total;
     }
-    groups[g] = 8 * (256 * sum_high + sum_low);
-    int32_t* block = blocks + g * GROUP / INT8_BLOCK * 2;
-    block[0] += 128 * sum_high;
-    block[1] += 128 * sum_low;
+    const int32_t sum_high = total_of(upper);
+    blocks[begin / INT8_BLOCK * 2] = 128 * sum_high;
+    blocks[begin / INT8_BLOCK * 2 + 1] = 128 * (block - 256 * sum_high);
   }
 }
 

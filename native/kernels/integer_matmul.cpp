@@ -244,11 +244,11 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
       active[slot][count[slot]] = j;
       count[slot] += both[j] != 0;
     }
+    *skipped += GROUP - count[slot];
     const uint8_t* codes = codes_of(g);
     for (int i = 0; i < count[slot]; ++i)
       for (int64_t at = 0; at < column_bytes; at += 64)
         __builtin_prefetch(codes + active[slot][i] * column_bytes + at, 0, 2);
-    *skipped += GROUP - count[slot];
   };
   collect(group_begin, group_begin & 1);
   for (int64_t g = group_begin; g < group_end; ++g) {

@@ -116,6 +116,19 @@ class Rwkv7 {
     return to;
   }
 
+  // A low-rank matrix [K][N] of a checkpoint, copied into blocks of 16 rows that are read as one stream.
+  Matrix keep_blocked(const Matrix& w) {
+    const int64_t size = w.format == Format::f32_columns ? 4 : 2, rows = round_up(w.rows, TILE_ROWS);
+    blocks_.emplace_back();
+    char* to = blocks_.back().resize(rows * w.cols * size);
+    const char* from = static_cast<const char*>(w.data);
+    for (int64_t n = 0; n < w.rows; n += TILE_ROWS)
+      for (int64_t k = 0; k < w.cols; ++k)
+        std::memcpy(to + (n * w.cols + k * TILE_ROWS) * size, from + (k * w.rows + n) * size,
+                    static_cast<size_t>(std::min<int64_t>(TILE_ROWS, w.rows - n) * size));
+    return {w.format, rows, w.cols, to, nullptr};
+  }
+
   void forward(const Call& call, int threads) {
     const int64_t total = call.offsets[call.sequences];
     for (int64_t first = 0; first < total; first += BLOCK_ROWS) {
@@ -127,6 +140,7 @@ class Rwkv7 {
 
  private:
   std::vector<Buffer<float>> arena_;
+  std::vector<Buffer<char>> blocks_;
   std::vector<Piece> pieces_;
   std::vector<RowBuffers> rows_;
   std::vector<std::vector<uint8_t>> scratch_;
@@ -406,10 +420,10 @@ const float* floats(int64_t address) { return reinterpret_cast<const float*>(add
 }  // namespace
 }  // namespace wkv
 
-// A model from tables of numbers and addresses; the matrices stay where they are, vectors are copied.
+// A model from tables of numbers and addresses; large matrices stay where they are, the others are copied.
 //   sizes: layers, C, heads, head size, ffn, vocabulary, embedding format, embedding, embedding scale,
 //          ln0 weight, ln0 bias, ln_out weight, ln_out bias, then the head matrix (format, rows, columns, data, scale)
-//   tables: per layer the matrices (5 numbers each), then the vectors (addresses)
+//   tables: per layer the matrices (5 numbers each; those in columns as [K][N]), then the vectors (addresses)
 // Returns its address, or 0 if memory runs out.
 WKV_API int64_t wkv_rwkv7_create(const int64_t* sizes, const int64_t* tables, float eps, float head_eps) {
   using namespace wkv;
@@ -431,7 +445,10 @@ WKV_API int64_t wkv_rwkv7_create(const int64_t* sizes, const int64_t* tables, fl
     model->head = matrix_at(sizes + 13);
     model->layer.resize(static_cast<size_t>(model->layers));
     for (Layer& layer : model->layer) {
-      for (int i = 0; i < MATRICES; ++i, tables += 5) layer.matrix[i] = matrix_at(tables);
+      for (int i = 0; i < MATRICES; ++i, tables += 5) {
+        const Matrix matrix = matrix_at(tables);
+        layer.matrix[i] = is_columns(matrix.format) ? model->keep_blocked(matrix) : matrix;
+      }
       for (int i = 0; i < VECTORS; ++i, ++tables)
         layer.vector[i] = model->keep(floats(*tables), i < W0 ? model->hidden : model->width());
     }

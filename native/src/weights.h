@@ -10,7 +10,7 @@ enum class Format : int32_t {
   f32 = 0,  // [N][K], row by row
   bf16 = 1,
   f16 = 2,
-  f32_columns = 3,  // [K][N], column by column: how checkpoints store low-rank maps
+  f32_columns = 3,  // 16 rows at a time, column by column: [N/16][K][16], N padded with zeros
   bf16_columns = 4,
   f16_columns = 5,
   // int8: w = scale[n] * (code - 128), code in 1 .. 255. Tiles of 16 rows, then steps of 4 columns: [N/16][K/4][16][4].
@@ -29,7 +29,7 @@ enum class Format : int32_t {
 
 struct Matrix {
   Format format = Format::f32;
-  int64_t rows = 0;  // N after padding: to 16 (int8, int4), 64 (int8_sparse) or 128 (int4_sparse)
+  int64_t rows = 0;  // N after padding: to 16 (columns, int8, int4), 64 (int8_sparse) or 128 (int4_sparse)
   int64_t cols = 0;  // K after padding: to 64 for the integer formats
   const void* data = nullptr;
   const float* scale = nullptr;  // [N], int8 and int8_sparse

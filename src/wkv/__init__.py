@@ -24,8 +24,8 @@ _PUBLIC = {
     "Sampler": "wkv.inference",
 }
 _MODULES = (
-    "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "ops", "registry", "state",
-    "tokenizers", "training",
+    "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "native", "ops", "quantization",
+    "registry", "state", "tokenizers", "training",
 )  # fmt: skip
 
 __all__ = [*_PUBLIC, "__version__", *_MODULES]
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from wkv import checkpoints as checkpoints
     from wkv import data as data
     from wkv import inference as inference
+    from wkv import native as native
     from wkv import ops as ops
+    from wkv import quantization as quantization
     from wkv import tokenizers as tokenizers
     from wkv import training as training
     from wkv.checkpoints import load_model as load_model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from wkv.cli.generate import DEVICE, DTYPE, MIN_P, MODEL, SEED, STATE, TEMPERATURE, TOKENIZER, TOP_K, TYPICAL_P
+from wkv.cli.generate import DEVICE, DTYPE, MAPPED, MIN_P, MODEL, SEED, STATE, TEMPERATURE, TOKENIZER, TOP_K, TYPICAL_P
 from wkv.errors import WkvError
 
 if TYPE_CHECKING:
@@ -40,15 +40,19 @@ def chat(
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     state: Path | None = STATE,
+    mapped: bool = MAPPED,
 ) -> None:
     """Talk with a model in the World prompt format. Reads one message per line, also from a pipe."""
     import wkv
     from wkv.inference import Chat, Sampler
+    from wkv.inference.huge_pages import use_huge_pages
 
     sampler = Sampler(
         temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
     )  # fmt: skip
     loaded = wkv.load_model(model, dtype=dtype, device=device)
+    if not mapped:
+        use_huge_pages(loaded)
     conversation = Chat(loaded, system, sampler, think, max_tokens, tokenizer)
     if state is not None:
         conversation.load(state)

@@ -27,6 +27,7 @@ TOKENIZER = typer.Option(None, help='"world", "bytes" or a tokenizer.json; by de
 DTYPE = typer.Option(None, help="float32, bfloat16 or float16; by default that of the file.")
 DEVICE = typer.Option(None, help='Where to run, such as "cpu" or "cuda".')
 STATE = typer.Option(None, help="Go on from a state file.")
+MAPPED = typer.Option(False, "--mapped", help="Leave the weights in the mapped file: slower, shared between processes.")
 
 
 def generate(
@@ -51,16 +52,20 @@ def generate(
     logprobs: int = typer.Option(0, help="Report so many alternatives per token (prints JSON)."),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON per continuation."),
     num: int = typer.Option(1, "--num", "-n", min=1, help="Number of continuations."),
+    mapped: bool = MAPPED,
 ) -> None:
     """Continue a prompt. Text goes to standard output, speed to standard error."""
     import wkv
     from wkv.inference import Sampler
+    from wkv.inference.huge_pages import use_huge_pages
 
     sampler = Sampler(
         temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
     )  # fmt: skip
     check_folder(save_state)
     loaded = wkv.load_model(model, dtype=dtype, device=device)
+    if not mapped:
+        use_huge_pages(loaded)
     text: str | bytes = typer.get_binary_stream("stdin").read() if prompt == "-" else prompt
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "sampler": sampler, "state": load_state(loaded, state, num), "stop": stop,

@@ -46,8 +46,8 @@ def unsupported(model: LanguageModel) -> str | None:
 
 
 class NativeRWKV7:
-    """Runs the weights of an RWKV-7 model. Not a copy: it sees what training or merging does to matrices in place,
-    but keeps the vectors (norms, token shift shares, biases of the low-rank maps) as they were.
+    """Runs the weights of an RWKV-7 model. Its large matrices are not copied: what training or merging does to them in
+    place is seen. Low-rank maps and vectors (norms, token shift shares) are copied, and stay as they were.
 
     Args:
         model: an RWKV-7 language model on the CPU; see `unsupported`.

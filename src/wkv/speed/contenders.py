@@ -40,10 +40,11 @@ CONTENDERS = (
     Contender("rwkv bf16", RWKV, "bf16", 16),
     Contender("llama.cpp F16", LLAMA, "F16", 16),
     Contender("wkv int8", OURS, "int8", 8),
+    Contender("wkv int8, mapped", OURS, "int8 mapped", 8),
     Contender("wkv int8, no skipping", OURS, "int8 tiled", 8),
     Contender("llama.cpp Q8_0", LLAMA, "Q8_0", 8.5),
     Contender("wkv int4", OURS, "int4", 4.5),
-    Contender("wkv int4, no skipping", OURS, "int4 tiled", 4.5),
+    Contender("wkv int4, mapped", OURS, "int4 mapped", 4.5),
     Contender("wkv int4, int4 head", OURS, "int4 head", 4.5),
     Contender("llama.cpp Q4_0", LLAMA, "Q4_0", 4.5),
     Contender("llama.cpp Q4_0, Q4_0 head", LLAMA, "Q4_0 head", 4.5),
@@ -62,7 +63,8 @@ PAIRS: tuple[tuple[str, str, float | None, float | None], ...] = (
     ("wkv int8, no skipping", "llama.cpp Q8_0", None, None),
     ("wkv int4", "llama.cpp Q4_0", 1.3, None),
     ("wkv int4", "llama.cpp Q4_K_M", None, None),
-    ("wkv int4, no skipping", "llama.cpp Q4_0", None, None),
+    ("wkv int8, mapped", "llama.cpp Q8_0", None, None),
+    ("wkv int4, mapped", "llama.cpp Q4_0", None, None),
     ("wkv int4, int4 head", "llama.cpp Q4_0, Q4_0 head", 1.3, None),
 )
 FLOOR_TARGETS = {"wkv fp32": 0.9}  # share of the read bandwidth in decoding

@@ -81,8 +81,9 @@ class Weights:
         if kind in ("fp32", "bf16"):
             dtype = "float32" if kind == "fp32" else "bfloat16"
             return self._written(f"{kind}.safetensors", lambda path: wkv.save_model(self.model, path, dtype=dtype))
-        name = contender.weights.replace(" ", "-") + ".safetensors"
-        return self._written(name, lambda path: wkv.save_model(self._quantized(contender.weights), path))
+        weights = contender.weights.removesuffix(" mapped")  # the same file, read where it lies
+        name = weights.replace(" ", "-") + ".safetensors"
+        return self._written(name, lambda path: wkv.save_model(self._quantized(weights), path))
 
     def _quantized(self, weights: str) -> LanguageModel:
         kind, _, changed = weights.partition(" ")

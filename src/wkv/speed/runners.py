@@ -32,21 +32,24 @@ class OurRunner:
 
     Args:
         path: a file of `files.Weights`.
+        mapped: leave the weights in the mapped file; else they are moved to large pages, as `wkv generate` does.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mapped: bool = False) -> None:
         import torch
 
         import wkv
+        from wkv.inference.huge_pages import use_huge_pages
         from wkv.inference.native_rwkv7 import NativeRWKV7
 
         self._torch = torch
         model = wkv.load_model(path)
+        moved = 0 if mapped else use_huge_pages(model)
         self._native = NativeRWKV7(model)
         self._state: Any = None
         self._logits: Any = None
         self._one = torch.zeros(1, 1, dtype=torch.int64)
-        self.facts = {"version": wkv.__version__, **self._bytes(model)}
+        self.facts = {"version": wkv.__version__, "moved_to_large_pages": moved, **self._bytes(model)}
 
     def set_threads(self, threads: int) -> None:
         """See `Runner`."""

@@ -32,7 +32,7 @@ class Session:
         if native is not None:
             use_native(native)
         if program == "wkv":
-            self.runner = OurRunner(path)
+            self.runner = OurRunner(path, mapped=weights.endswith(" mapped"))
         else:
             self.runner = RwkvRunner(path, weights) if program == "rwkv" else LlamaRunner(path, batch)
         return self.runner.facts
