@@ -133,7 +133,7 @@ def test_files_are_written_once(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns
     assert weights.path(ours("int4")) == path
     assert path.stat().st_mtime_ns == before
-    assert path != weights.path(ours("int4 head")) != weights.path(ours("int4 head"))
+    assert path != weights.path(ours("int8 tiled")) != weights.path(ours("int4 head"))
 
 
 def test_bytes_per_token(tmp_path: Path) -> None:
