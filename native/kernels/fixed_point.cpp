@@ -38,8 +38,7 @@ WKV_INLINE int32_t total_of(Integers v) { return static_cast<int32_t>(sum<float>
 // x [K] -> the block `out`. A row with NaN or infinite values gets a NaN scale, and with it every product.
 void to_fixed_point(const float* x, int64_t k, char* out) {
   const FixedLayout layout(k);
-  int8_t* high = reinterpret_cast<int8_t*>(out + layout.high);
-  int8_t* low = reinterpret_cast<int8_t*>(out + layout.low);
+  int8_t* halves = reinterpret_cast<int8_t*>(out + layout.halves);
   int16_t* both = reinterpret_cast<int16_t*>(out + layout.both);
   int32_t* groups = reinterpret_cast<int32_t*>(out + layout.groups);
   int32_t* blocks = reinterpret_cast<int32_t*>(out + layout.blocks);
@@ -60,8 +59,10 @@ void to_fixed_point(const float* x, int64_t k, char* out) {
     const Bytes high_bytes = __builtin_convertvector(h, Bytes);
     const Bytes low_bytes = __builtin_convertvector(code - (h << 8), Bytes);
     std::memcpy(both + i, &s, sizeof s);
-    std::memcpy(high + i, &high_bytes, sizeof high_bytes);
-    std::memcpy(low + i, &low_bytes, sizeof low_bytes);
+    for (int j = 0; j < W; j += 4) {
+      std::memcpy(halves + 2 * (i + j), reinterpret_cast<const char*>(&high_bytes) + j, 4);
+      std::memcpy(halves + 2 * (i + j) + 4, reinterpret_cast<const char*>(&low_bytes) + j, 4);
+    }
     all += code;
     upper += h;
   };

@@ -33,6 +33,17 @@ WKV_INLINE Codes high_nibbles(Codes c) {
 #endif
 }
 
+// Two bits of every byte, those `shift` above bits 4 and 5 (or below, if negative), brought to bits 4 and 5.
+WKV_INLINE Codes upper_bits(Codes c, int shift) {
+#if defined(__AVX512BW__)
+  const __m512i v = reinterpret_cast<__m512i>(c);
+  const __m512i moved = shift < 0 ? _mm512_slli_epi16(v, -shift) : _mm512_srli_epi16(v, shift);
+  return reinterpret_cast<Codes>(_mm512_and_si512(moved, _mm512_set1_epi8(0x30)));
+#else
+  return (shift < 0 ? c << -shift : c >> shift) & 0x30;
+#endif
+}
+
 // Weights are stored as code = value + OFFSET. `Sum` gathers sum_k value[row][k] * x[k] for 16 rows, over one group of
 // 4-bit codes (`group_result`) or up to 512 columns of 8-bit codes (`block_result`). The variant with VNNI multiplies the
 // codes as they are and takes the offsets of the FixedRow away in the end; the others subtract OFFSET first.
@@ -45,8 +56,8 @@ struct Sum {
 
   WKV_INLINE void add(Codes codes, const FixedRow& x, int64_t column) {
     int32_t h, l;
-    std::memcpy(&h, x.high + column, 4);
-    std::memcpy(&l, x.low + column, 4);
+    std::memcpy(&h, x.halves + 2 * column, 4);
+    std::memcpy(&l, x.halves + 2 * column + 4, 4);
     const __m512i c = reinterpret_cast<__m512i>(codes);
     high = _mm512_dpbusd_epi32(high, c, _mm512_set1_epi32(h));
     low = _mm512_dpbusd_epi32(low, c, _mm512_set1_epi32(l));
@@ -138,8 +149,8 @@ struct Sum {
 
   WKV_INLINE void add(Codes codes, const FixedRow& x, int64_t column) {
     int32_t h, l;
-    std::memcpy(&h, x.high + column, 4);
-    std::memcpy(&l, x.low + column, 4);
+    std::memcpy(&h, x.halves + 2 * column, 4);
+    std::memcpy(&l, x.halves + 2 * column + 4, 4);
     const int8x16_t xh = vreinterpretq_s8_s32(vdupq_n_s32(h)), xl = vreinterpretq_s8_s32(vdupq_n_s32(l));
     uint8x16_t quarter[4];
     std::memcpy(quarter, &codes, 64);

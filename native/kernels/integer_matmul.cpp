@@ -1,4 +1,4 @@
-// y = W x for 8- and 4-bit weights, one row of activations or many: every weight is read once for all of them.
+// y = W x for 8-, 6- and 4-bit weights, one row of activations or many: every weight is read once for all of them.
 #include "convert.h"
 #include "integer_dot.h"
 
@@ -31,6 +31,7 @@ struct Int8Tile {
 };
 
 struct Int4Tile {
+  static constexpr int OFFSET = 8;
   const uint8_t* tile;
   WKV_INLINE const uint8_t* block(int64_t column) const { return tile + column / 64 * INT4_TILE_BYTES; }
   WKV_INLINE Row16 scale(int64_t column) const {
@@ -44,8 +45,25 @@ struct Int4Tile {
   }
 };
 
+struct Int6Tile {
+  static constexpr int OFFSET = 32;
+  const uint8_t* tile;
+  WKV_INLINE const uint8_t* block(int64_t column) const { return tile + column / 64 * INT6_TILE_BYTES; }
+  WKV_INLINE Row16 scale(int64_t column) const {
+    return load_halves(reinterpret_cast<const uint16_t*>(block(column)) + column % 64 / GROUP * TILE_ROWS);
+  }
+  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
+    const Codes lower = load_codes(block(column) + 64 + column % 64 * 8);
+    const Codes upper = load_codes(block(column) + INT4_TILE_BYTES + column % 64 / 16 * 64);
+    const bool later = column % 16 != 0;  // columns 8 .. 15 of the vector
+    first = low_nibbles(lower) | upper_bits(upper, later ? 0 : -4);
+    second = high_nibbles(lower) | upper_bits(upper, later ? 2 : -2);
+  }
+};
+
 // 4-bit codes of a sparse matrix, one per byte, already brought into tile order.
 struct UnpackedInt4Tile {
+  static constexpr int OFFSET = 8;
   const uint8_t* codes;
   const uint16_t* scales;  // of the first group
   int64_t group_stride;    // in halves
@@ -81,10 +99,10 @@ WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, co
 }
 
 template <int M, class Tile>
-WKV_INLINE void int4_tile(const Tile& w, const FixedRow* x, int64_t cols, float* y, int64_t ld) {
+WKV_INLINE void group_tile(const Tile& w, const FixedRow* x, int64_t cols, float* y, int64_t ld) {
   Row16 total[M] = {};
   for (int64_t begin = 0; begin < cols; begin += GROUP) {
-    Sum<8> sums[M], more[1];
+    Sum<Tile::OFFSET> sums[M], more[1];
     for (int64_t c = begin; c < begin + GROUP; c += 8) {
       Codes first, second;
       w.two_steps(c, first, second);
@@ -96,7 +114,8 @@ WKV_INLINE void int4_tile(const Tile& w, const FixedRow* x, int64_t cols, float*
     }
     if (M == 1) sums[0].add(more[0]);
     const Row16 scale = w.scale(begin);
-    for (int m = 0; m < M; ++m) total[m] += sums[m].group_result(x[m].group_offsets[begin / GROUP]) * scale;
+    for (int m = 0; m < M; ++m)
+      total[m] += sums[m].group_result(Tile::OFFSET / 8 * x[m].group_offsets[begin / GROUP]) * scale;
   }
   for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * x[m].scale);
 }
@@ -147,7 +166,7 @@ WKV_INLINE const uint8_t* sparse_group(const Matrix& w, int64_t g) {
 
 }  // namespace
 
-// Rows [row_begin, row_end) (multiples of 16) of y [M][ld] = W x, formats int8 and int4.
+// Rows [row_begin, row_end) (multiples of 16) of y [M][ld] = W x, formats int8, int6 and int4.
 void integer_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row_begin, int64_t row_end, float* y,
                     int64_t ld) {
   const FixedLayout layout(w.cols);
@@ -163,10 +182,15 @@ void integer_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t ro
         in_blocks<INT8_ROWS>(some, [&](auto size, int64_t m) {
           int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n, out + m * ld, ld);
         });
+      } else if (w.format == Format::int6) {
+        const Int6Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT6_TILE_BYTES};
+        in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
+          group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
+        });
       } else {
         const Int4Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT4_TILE_BYTES};
         in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
-          int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
+          group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
         });
       }
     }
@@ -212,7 +236,7 @@ void sparse_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row
           const int64_t stride = w.rows + GROUP * w.rows / 4;
           const UnpackedInt4Tile tile{codes, scales, stride};
           in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
-            int4_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
+            group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
           });
         } else {
           const Int8Tile tile{codes};
@@ -258,7 +282,7 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
     // Four columns at a time; the last four are filled up with column 0 and zero activations.
     int64_t quads = 0;
     const uint8_t* start[GROUP / 4][4];
-    alignas(64) int8_t high[GROUP], low[GROUP];
+    alignas(64) int8_t halves[2 * GROUP];
     alignas(64) int16_t both[GROUP];
     int32_t offsets[2] = {0, 0};
     const uint8_t* codes = codes_of(g);
@@ -266,14 +290,15 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
       const bool real = i < count[slot];
       const int64_t j = real ? active[slot][i] : active[slot][0];
       start[i / 4][i % 4] = codes + j * column_bytes;
-      high[i] = real ? x.high[g * GROUP + j] : 0;
-      low[i] = real ? x.low[g * GROUP + j] : 0;
       both[i] = real ? x.both[g * GROUP + j] : 0;
-      offsets[0] += (int4 ? 8 : 128) * high[i];
-      offsets[1] += (int4 ? 8 : 128) * low[i];
+      const int high = (both[i] + 128) >> 8, low = both[i] - 256 * high;
+      halves[i / 4 * 8 + i % 4] = static_cast<int8_t>(high);
+      halves[i / 4 * 8 + 4 + i % 4] = static_cast<int8_t>(low);
+      offsets[0] += (int4 ? 8 : 128) * high;
+      offsets[1] += (int4 ? 8 : 128) * low;
       quads = i / 4 + 1;
     }
-    const FixedRow packed{1.0f, high, low, both, nullptr, nullptr};
+    const FixedRow packed{1.0f, halves, both, nullptr, nullptr};
     const auto add = [&](Row16 sums, int64_t n) { store_row16(y + n, load_row16(y + n) + sums * x.scale); };
     const auto finish4 = [&](const Sum<8>& sums, int64_t n) {
       const Row16 scale = load_halves(reinterpret_cast<const uint16_t*>(sparse_group(w, g)) + n);

@@ -39,6 +39,7 @@ static double bytes_per_weight(Format f) {
     case Format::int8_sparse: return 1;
     case Format::int4:
     case Format::int4_sparse: return 0.5625;
+    case Format::int6: return 0.8125;
     default: return 2;
   }
 }

@@ -25,11 +25,14 @@ enum class Format : int32_t {
   // int8: [K][N]. int4: per 32 columns the scales [N], then [32][N / 2].
   int8_sparse = 8,
   int4_sparse = 9,
+  // int6: w = scale * (code - 32), as int4 with 4 vectors more per tile for the upper two bits: bits 2 t and 2 t + 1 of
+  // byte 4 i + j of vector q belong to row i, column 16 q + 4 t + j.
+  int6 = 10,
 };
 
 struct Matrix {
   Format format = Format::f32;
-  int64_t rows = 0;  // N after padding: to 16 (columns, int8, int4), 64 (int8_sparse) or 128 (int4_sparse)
+  int64_t rows = 0;  // N after padding: to 16 (columns, int8, int6, int4), 64 (int8_sparse) or 128 (int4_sparse)
   int64_t cols = 0;  // K after padding: to 64 for the integer formats
   const void* data = nullptr;
   const float* scale = nullptr;  // [N], int8 and int8_sparse
@@ -39,9 +42,10 @@ constexpr int TILE_ROWS = 16;
 constexpr int GROUP = 32;
 constexpr int64_t INT8_BLOCK = 512;  // columns of 8-bit codes whose products fit into 32-bit sums
 constexpr int64_t INT4_TILE_BYTES = 2 * TILE_ROWS * 2 + 8 * 64;
+constexpr int64_t INT6_TILE_BYTES = INT4_TILE_BYTES + 4 * 64;
 
 inline bool is_integer(Format f) { return f >= Format::int8; }
-inline bool is_sparse(Format f) { return f >= Format::int8_sparse; }
+inline bool is_sparse(Format f) { return f == Format::int8_sparse || f == Format::int4_sparse; }
 inline bool is_columns(Format f) { return f >= Format::f32_columns && f <= Format::f16_columns; }
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -50,30 +54,28 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // weights are exact; rounding x costs 1.5e-5 of its largest value, far below the error of the weights.
 struct FixedRow {
   float scale;
-  const int8_t* high;   // [K padded to 64]
-  const int8_t* low;
-  const int16_t* both;  // the same numbers as one 16-bit integer
+  const int8_t* halves;  // [K padded to 64, / 4][2][4]: four high halves, their four low halves, and so on
+  const int16_t* both;   // the same numbers as one 16-bit integer
   // What the offset of the weight codes (their zero) adds to a product, to be taken away again.
-  const int32_t* group_offsets;  // int4: 8 sum(256 high + low) per 32 columns
+  const int32_t* group_offsets;  // 8 sum(256 high + low) per 32 columns: int4, and a quarter of int6
   const int32_t* block_offsets;  // int8: (128 sum(high), 128 sum(low)) per 512 columns
 };
 
 // Where the pieces of a FixedRow for K columns lie in one block of memory, in bytes.
 struct FixedLayout {
-  int64_t cols, high, low, both, groups, blocks, bytes;
+  int64_t cols, halves, both, groups, blocks, bytes;
   explicit FixedLayout(int64_t k) {
     cols = round_up(k, 64);
-    high = 64;
-    low = high + cols;
-    both = low + cols;
+    halves = 64;
+    both = halves + 2 * cols;
     groups = both + 2 * cols;
     blocks = groups + cols / GROUP * 4;
     bytes = round_up(blocks + round_up(cols, INT8_BLOCK) / INT8_BLOCK * 8, 64);
   }
   FixedRow at(const void* block) const {
     const char* p = static_cast<const char*>(block);
-    return {*reinterpret_cast<const float*>(p), reinterpret_cast<const int8_t*>(p + high),
-            reinterpret_cast<const int8_t*>(p + low), reinterpret_cast<const int16_t*>(p + both),
+    return {*reinterpret_cast<const float*>(p), reinterpret_cast<const int8_t*>(p + halves),
+            reinterpret_cast<const int16_t*>(p + both),
             reinterpret_cast<const int32_t*>(p + groups), reinterpret_cast<const int32_t*>(p + blocks)};
   }
 };

@@ -49,7 +49,7 @@ def quantized(model: LanguageModel, kind: str) -> tuple[LanguageModel, LanguageM
         model = model.to(getattr(torch, kind))
         return model, copy.deepcopy(model).float()
     model.emb = QuantizedEmbedding.from_weight(model.emb.weight)
-    model.head = quantize_linear(model.head, "int8")
+    model.head = quantize_linear(model.head, "int6" if kind == "int4" else "int8")
     for block in model.blocks:
         for name in LINEAR:
             parent, _, leaf = name.rpartition(".")

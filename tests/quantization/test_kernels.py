@@ -13,10 +13,11 @@ from torch import Tensor
 from wkv import native
 from wkv.errors import WkvError
 from wkv.quantization.modules import QuantizedLinear, multiply
-from wkv.quantization.packed import quantize
+from wkv.quantization.packed import Kind, quantize
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.unavailable()}")
 
+ORDERS: list[tuple[Kind, bool]] = [("int8", False), ("int8", True), ("int6", False), ("int4", False), ("int4", True)]
 FLOAT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -48,12 +49,11 @@ def in_blocks(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("kind", "sparse"), ORDERS)
 @pytest.mark.parametrize("shape", [(768, 768), (70, 96), (16, 64), (130, 1000), (1, 1)])
-def test_integer_products(instruction_set: str, kind: str, sparse: bool, shape: tuple[int, int]) -> None:
+def test_integer_products(instruction_set: str, kind: Kind, sparse: bool, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layer = QuantizedLinear(quantize(torch.randn(shape), kind, sparse))  # type: ignore[arg-type]
+    layer = QuantizedLinear(quantize(torch.randn(shape), kind, sparse))
     for rows in (1, 2, 3, 7, 13, 64, 65):
         x = torch.randn(rows, shape[1]).relu()  # zeros that the sparse order skips
         expected = fixed_point(x) @ layer.dequantize().double().T
@@ -82,27 +82,25 @@ def test_float_products(instruction_set: str, dtype: torch.dtype, columns: bool)
 @given(
     shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     rows=st.integers(1, 20),
-    kind=st.sampled_from(["int8", "int4"]),
-    sparse=st.booleans(),
+    order=st.sampled_from(ORDERS),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_size(
-    shape: tuple[int, int], rows: int, kind: str, sparse: bool, scale: float, seed: int
+    shape: tuple[int, int], rows: int, order: tuple[Kind, bool], scale: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    layer = QuantizedLinear(quantize(torch.randn(shape), kind, sparse))  # type: ignore[arg-type]
+    layer = QuantizedLinear(quantize(torch.randn(shape), *order))
     x = torch.randn(rows, shape[1]) * scale * (torch.rand(rows, shape[1]) > 0.5)
     expected = fixed_point(x) @ layer.dequantize().double().T
     found = multiply(layer, x)
     assert float((found.double() - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_threads_and_batches_change_nothing(kind: str, sparse: bool) -> None:
+@pytest.mark.parametrize(("kind", "sparse"), ORDERS)
+def test_threads_and_batches_change_nothing(kind: Kind, sparse: bool) -> None:
     torch.manual_seed(0)
-    layer = QuantizedLinear(quantize(torch.randn(300, 200), kind, sparse))  # type: ignore[arg-type]
+    layer = QuantizedLinear(quantize(torch.randn(300, 200), kind, sparse))
     x, before = torch.randn(9, 200), torch.get_num_threads()
     try:
         results = []

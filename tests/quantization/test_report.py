@@ -65,7 +65,7 @@ def test_report_with_ablation() -> None:
     policy = default_policy(4)
     found = quality_report(model, quantize_model(model, policy=policy), policy, TEXTS, ablation=True, max_tokens=300)
     others = found["quality"]["others"]
-    names = ["emb int8", "head int8", "att int4", "ffn_key int4", "ffn_value int4", "low_rank float16"]
+    names = ["emb int8", "head int6", "att int4", "ffn_key int4", "ffn_value int4", "low_rank float16"]
     assert list(others) == ["all", *names]
     assert all(others[name]["kl"] < others["all"]["kl"] for name in names)
     assert found["resident_bytes"]["after"] < found["resident_bytes"]["before"]

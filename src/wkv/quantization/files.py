@@ -1,8 +1,8 @@
 """Quantised models in files: format "wkv" keeps the codes as uint8 under the official name of the weight.
 
 The header's description has an entry `quantization`: name -> {"kind", "sparse", "shape"}. Linear weights are flat, in
-the order of `packed`; embeddings [V, C]. int8 has float32 scales under `<name>.scale`; those of int4 are among its
-codes. Codes and scales of a loaded model lie in the mapped file.
+the order of `packed`; embeddings [V, C]. int8 has float32 scales under `<name>.scale`; those of int6 and int4 are among
+their codes. Codes and scales of a loaded model lie in the mapped file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wkv.errors import CheckpointError
 from wkv.layers.language_model import LanguageModel
 from wkv.quantization.model import Quantized, install, quantized_layers
 from wkv.quantization.modules import QuantizedEmbedding, QuantizedLinear
-from wkv.quantization.packed import Packed, padded_shape
+from wkv.quantization.packed import Packed, num_bytes, padded_shape
 from wkv.quantization.policy import INTEGERS, group_of
 
 if TYPE_CHECKING:
@@ -114,21 +114,25 @@ def _claim(
     kind, sparse, shape = _fields(archive, name, entry)
     label = printable(name)
     group = group_of(name)
-    if group in ("vectors", "low_rank") or (group == "emb" and kind != "int8") or (sparse and group != "ffn_value"):
+    if (
+        group in ("vectors", "low_rank")
+        or (group == "emb" and kind != "int8")
+        or (sparse and (group != "ffn_value" or kind == "int6"))
+    ):
         raise _bad(archive, f"{label} cannot be stored as {kind}{' in sparse order' if sparse else ''}")
     codes, scale = tensors.get(name), tensors.get(f"{name}.scale")
     if codes is None:
         raise archive.error(f"missing {label}, which its metadata 'wkv' says is {kind}")
     table = _is_table(name)
     rows, columns = shape if table else padded_shape(kind, sparse, shape)  # type: ignore[arg-type]
-    size = (rows, columns) if table else (rows * columns if kind == "int8" else rows * columns * 9 // 16,)
+    size = (rows, columns) if table else (num_bytes(kind, rows, columns),)
     _check(archive, label, codes, "U8", size)
     if kind == "int8":
         if scale is None:
             raise archive.error(f"missing {label}.scale: int8 weights have a scale for every row")
         _check(archive, f"{label}.scale", scale, "float32", (rows,))
     elif scale is not None:
-        raise archive.error(f"unexpected {label}.scale: the scales of int4 weights are among their codes")
+        raise archive.error(f"unexpected {label}.scale: the scales of {kind} weights are among their codes")
     return StoredCodes(shape, dtype, kind, codes.origin, codes.read, sparse, codes, scale)
 
 

@@ -153,7 +153,7 @@ def _quantized(model: LanguageModel, part: Part) -> Quantized:
             made = QuantizedEmbedding.from_weight(layer.weight)
             made.dtype = activation_dtype(model)
             return made
-        linear = quantize_linear(layer, part.kind, sparse=part.group == "ffn_value")  # type: ignore[arg-type]
+        linear = quantize_linear(layer, part.kind, sparse=part.group == "ffn_value" and part.kind != "int6")  # type: ignore[arg-type]
         return linear.to(layer.weight.device)
     except WkvError as error:
         raise WkvError(f"{part.name}: {error}") from error

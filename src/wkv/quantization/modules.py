@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.quantization.packed import Kind, Packed, padded_shape, quantize
+from wkv.quantization.packed import Kind, Packed, num_bytes, padded_shape, quantize
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T with W in 8 or 4 bits; frozen, gradients flow to x.
+    """y = x W^T with W in 8, 6 or 4 bits; frozen, gradients flow to x.
 
     On the CPU the native kernels multiply the codes themselves (inputs rounded to 15 bits, relative to their largest
     value); elsewhere, or without the native library, W is brought to float32 first.
@@ -152,8 +152,7 @@ class QuantizedEmbedding(nn.Module):
 def empty_linear(kind: Kind, sparse: bool, shape: tuple[int, int]) -> QuantizedLinear:
     """A layer without values on the meta device, about to be loaded."""
     rows, columns = padded_shape(kind, sparse, shape)
-    size = rows * columns if kind == "int8" else rows * columns * 9 // 16
-    data = torch.empty(size, dtype=torch.uint8, device="meta")
+    data = torch.empty(num_bytes(kind, rows, columns), dtype=torch.uint8, device="meta")
     scale = torch.empty(rows, device="meta") if kind == "int8" else None
     return QuantizedLinear(Packed(kind, sparse, shape, data, scale))
 

@@ -1,7 +1,7 @@
 """Which parameters are stored how: one kind for every group of parameters.
 
 Defaults follow what is known about RWKV models (docs/quantization.md): vectors, norms and states keep their type,
-low-rank maps 16 bits, the embedding and the head 8 bits.
+low-rank maps 16 bits, the embedding 8 bits, the head 8 or 6.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from wkv.errors import WkvError
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INTEGERS = ("int8", "int4")
+INTEGERS = ("int8", "int6", "int4")
 KINDS = ("keep", *FLOATS, *INTEGERS)
 
 _FFN = r"blocks\.\d+\.ffn\."
@@ -36,10 +36,10 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Policy:
-    """How each group is stored: "keep" (as it is), "float32", "bfloat16", "float16", "int8" or "int4".
+    """How each group is stored: "keep" (as it is), "float32", "bfloat16", "float16", "int8", "int6" or "int4".
 
     Args:
-        emb: the embedding, and the token matrices of RWKV-7a; not int4.
+        emb: the embedding, and the token matrices of RWKV-7a; int8 is the only integer kind.
         head: the output matrix.
         att: receptance, key, value, output and gate matrices of the time mix.
         ffn_key, ffn_value, ffn_receptance: matrices of the channel mix.
@@ -93,11 +93,11 @@ def allowed_kinds(group: str) -> tuple[str, ...]:
     """The kinds a group can have."""
     if group in ("low_rank", "vectors"):
         return ("keep", *FLOATS)
-    return tuple(kind for kind in KINDS if kind != "int4") if group == "emb" else KINDS
+    return tuple(kind for kind in KINDS if kind not in ("int6", "int4")) if group == "emb" else KINDS
 
 
 def default_policy(bits: int, dtype: torch.dtype = torch.float32) -> Policy:
-    """The policy for 8 or 4 bits: embedding and head in int8, other matrices in int8 or int4, vectors kept.
+    """The policy for 8 or 4 bits: the embedding in int8, the head in int8 or int6, other matrices in int8 or int4.
 
     Args:
         bits: 8 or 4.
@@ -109,7 +109,9 @@ def default_policy(bits: int, dtype: torch.dtype = torch.float32) -> Policy:
     if isinstance(bits, bool) or bits not in (8, 4):
         raise WkvError(f"bits must be 8 or 4, found {bits!r}; a policy gives finer choices")
     low_rank = "float16" if dtype in (torch.float32, torch.float64) else "keep"
-    return Policy(emb="int8", head="int8", low_rank=low_rank, **dict.fromkeys(_MATRICES, f"int{bits}"))
+    return Policy(
+        emb="int8", head="int8" if bits == 8 else "int6", low_rank=low_rank, **dict.fromkeys(_MATRICES, f"int{bits}")
+    )
 
 
 def group_of(name: str) -> str:
