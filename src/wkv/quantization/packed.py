@@ -7,8 +7,8 @@ int4: one half-precision scale per row and group of 32 inputs, w = scale * (code
       weight (relative error on normal weights 8.1 % against 8.6 %, see experiments/quantization_quality; wider and
       finer searches, or both signs of the scale, gain less than 0.01 %).
 
-int8 and int4 exist in two orders. "tiled" is for any matrix. "sparse" is for matrices whose input is often exactly zero (the
-value matrix of a squared-ReLU channel mix): all outputs of one input lie together and are skipped with it.
+int8 and int4 exist in two orders. "tiled" is for any matrix. "sparse" is for matrices whose input is often exactly zero
+(the value matrix of a squared-ReLU channel mix): all outputs of one input lie together and are skipped with it.
 native/src/weights.h describes the bytes.
 """
 
