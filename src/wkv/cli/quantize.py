@@ -43,7 +43,7 @@ def quantize(
     """Store the large matrices of a model in 8 or 4 bits, and report sizes and quality before and after.
 
     Groups: emb, head, att, ffn_key, ffn_value, ffn_receptance, low_rank, vectors. Kinds: keep, float32, bfloat16,
-    float16, int8, int4.
+    float16, int8, int6, int4.
     """
     from rich.console import Console
 
