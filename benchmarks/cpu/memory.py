@@ -52,29 +52,43 @@ def make(path: Path, seed: int, bits: int) -> None:
     wkv.save_model(quantize_model(model.eval(), bits), path)
 
 
-def stages(path: Path, tokens: int) -> None:
-    """Print one JSON line after each step of generation."""
+def stages(path: Path, tokens: int, native: Path | None) -> None:
+    """Do what `wkv generate` does, step by step; print one JSON line after each."""
 
     def tell(name: str) -> None:
         print(json.dumps({"stage": name, **memory()}), flush=True)
 
     tell("python")
-    import torch  # noqa: F401
+    import torch
 
     tell("import torch")
     import wkv
-    import wkv.cli
+    import wkv.cli.generate
     import wkv.inference
+    import wkv.native
+    from wkv.inference.huge_pages import use_huge_pages
+    from wkv.inference.native_rwkv7 import NativeRWKV7
+    from wkv.inference.pages import give_back_libraries
 
+    assert wkv.generate
+    wkv.native.load(native) if native else wkv.native.available()
     tell("import wkv, its command line and inference")
     model = wkv.load_model(path)
     tell("load the model (weights stay in the file)")
-    wkv.tokenizers.WorldTokenizer().encode(PROMPT)
+    give_back_libraries()
+    tell("code of torch that only its start needed, given back")
+    use_huge_pages(model)
+    tell("matrices and head to large pages")
+    kept = wkv.tokenizers.WorldTokenizer()
+    ids = torch.tensor([kept.encode(PROMPT)])
     tell("World tokenizer")
-    wkv.generate(model, PROMPT, max_tokens=1, seed=1)
-    tell("read the prompt, first token")
+    run = NativeRWKV7(model)
+    tell("native copy of low-rank maps and vectors")
+    run.read(ids)
+    tell("native work space and state: read the prompt")
+    del run
     wkv.generate(model, PROMPT, max_tokens=tokens, seed=1)
-    tell(f"{tokens} tokens")
+    tell(f"rest: sampling {tokens} tokens, rows of the embedding")
 
 
 def watch(command: list[str]) -> dict[str, float]:
@@ -172,7 +186,7 @@ def show(result: dict[str, Any]) -> None:
     before = 0.0
     for step in result["steps"]:
         rss, anon, mapped = step["VmRSS"], step["RssAnon"], step["RssFile"]
-        print(f"{step['stage']:45} {rss:7.1f} MB ({rss - before:+6.1f}): anonymous {anon:6.1f}, files {mapped:6.1f}")
+        print(f"{step['stage']:50} {rss:7.1f} MB ({rss - before:+6.1f}): anonymous {anon:6.1f}, files {mapped:6.1f}")
         before = rss
     peak = result["peak"]
     split = f"anonymous {peak['RssAnon']:.1f}, files {peak['RssFile']:.1f}"
@@ -190,14 +204,14 @@ def main() -> None:
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.native and (options.make or options.stages):
+    if options.native and options.make:
         import wkv.native
 
         wkv.native.load(options.native)
     if options.make:
         make(options.make, options.seed, bits=4)
     elif options.stages:
-        stages(options.stages, options.tokens)
+        stages(options.stages, options.tokens, options.native)
     else:
         with tempfile.TemporaryDirectory() as folder:
             result = {**measure(options, Path(folder)), **evidence()}

@@ -1,6 +1,5 @@
 // Activations to 15-bit fixed point (see FixedRow).
-#include "vec.h"
-#include "weights.h"
+#include "integer_dot.h"
 
 #include <algorithm>
 
@@ -31,7 +30,37 @@ float largest_of(const float* x, int64_t k) {
 }
 
 // The sum of the lanes; below 2^24, so that floats hold it.
-WKV_INLINE int32_t total_of(Integers v) { return static_cast<int32_t>(sum<float>(__builtin_convertvector(v, Vec<float>))); }
+WKV_INLINE int32_t total_of(Integers v) {
+  return static_cast<int32_t>(sum<float>(__builtin_convertvector(v, Vec<float>)));
+}
+
+// Writes W codes as 16-bit numbers and as halves (see FixedRow).
+#if defined(WKV_ISA_avx2)
+WKV_INLINE void write_codes(Integers code, int16_t* both, int8_t* halves) {
+  __m256i wide;
+  std::memcpy(&wide, &code, sizeof wide);
+  const __m256i packed = _mm256_packs_epi32(wide, wide);
+  const __m128i s = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  const __m128i placed = _mm_shufflehi_epi16(_mm_shufflelo_epi16(s, _MM_SHUFFLE(3, 1, 2, 0)), _MM_SHUFFLE(3, 1, 2, 0));
+  const __m128i high = _mm_srai_epi16(_mm_add_epi16(s, _mm_set1_epi16(128)), 8);
+  const __m128i low = _mm_sub_epi16(s, _mm_slli_epi16(high, 8));
+  const __m128i bytes = _mm_shuffle_epi32(_mm_packs_epi16(high, low), _MM_SHUFFLE(3, 1, 2, 0));
+  std::memcpy(both, &placed, sizeof placed);
+  std::memcpy(halves, &bytes, sizeof bytes);
+}
+#else
+WKV_INLINE void write_codes(Integers code, int16_t* both, int8_t* halves) {
+  const Integers high = (code + 128) >> 8;
+  const Shorts s = __builtin_convertvector(code, Shorts);
+  const Bytes high_bytes = __builtin_convertvector(high, Bytes);
+  const Bytes low_bytes = __builtin_convertvector(code - (high << 8), Bytes);
+  std::memcpy(both, &s, sizeof s);
+  for (int j = 0; j < W; j += 4) {
+    std::memcpy(halves + 2 * j, reinterpret_cast<const char*>(&high_bytes) + j, 4);
+    std::memcpy(halves + 2 * j + 4, reinterpret_cast<const char*>(&low_bytes) + j, 4);
+  }
+}
+#endif
 
 }  // namespace
 
@@ -54,17 +83,9 @@ void to_fixed_point(const float* x, int64_t k, char* out) {
     Integers code;
     std::memcpy(&code, &shifted, sizeof code);
     code -= 0x4B400000;
-    const Integers h = (code + 128) >> 8;
-    const Shorts s = __builtin_convertvector(code, Shorts);
-    const Bytes high_bytes = __builtin_convertvector(h, Bytes);
-    const Bytes low_bytes = __builtin_convertvector(code - (h << 8), Bytes);
-    std::memcpy(both + i, &s, sizeof s);
-    for (int j = 0; j < W; j += 4) {
-      std::memcpy(halves + 2 * (i + j), reinterpret_cast<const char*>(&high_bytes) + j, 4);
-      std::memcpy(halves + 2 * (i + j) + 4, reinterpret_cast<const char*>(&low_bytes) + j, 4);
-    }
+    write_codes(code, both + i, halves + 2 * i);
     all += code;
-    upper += h;
+    upper += (code + 128) >> 8;
   };
   const auto values = [&](int64_t i) {
     if (inverse > 0 && i + W <= k) return load(x + i);

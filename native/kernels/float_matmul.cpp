@@ -32,11 +32,28 @@ WKV_INLINE void dots(const T* w, int64_t k, const float* x, int64_t stride, floa
     }
 }
 
-// One row of x. Memory is the limit, and one chain of additions reads it faster than several: loads that run too far
-// ahead take the place of the processor's own prefetching (measured: 32 against 26 GB/s).
+// One row of x, where memory is the limit. With vectors of 64 bytes one chain of additions reads it faster than
+// several: loads that run too far ahead take the place of the processor's own prefetching (measured: 32 against
+// 26 GB/s). With shorter vectors one chain would be slower than the memory.
+constexpr int CHAINS = W == 16 ? 1 : 4;
+
 template <class T>
 void matvec_rows(const T* w, int64_t k, const float* x, int64_t begin, int64_t end, float* y) {
-  for (int64_t n = begin; n < end; ++n) dots<1, 1>(w + n * k, k, x, 0, y + n, 0);
+  for (int64_t n = begin; n < end; ++n) {
+    const T* row = w + n * k;
+    Vec<float> sums[CHAINS] = {};
+    int64_t c = 0;
+    for (; c + CHAINS * W <= k; c += CHAINS * W)
+      for (int i = 0; i < CHAINS; ++i) {
+        if (i * W * sizeof(T) % 64 == 0) prefetch_ahead(row + c + i * W);
+        sums[i] += load_floats(row + c + i * W) * load(x + c + i * W);
+      }
+    for (; c + W <= k; c += W) sums[0] += load_floats(row + c) * load(x + c);
+    for (int i = 1; i < CHAINS; ++i) sums[0] += sums[i];
+    float total = sum<float>(sums[0]);
+    for (; c < k; ++c) total += to_float(row[c]) * x[c];
+    y[n] = total;
+  }
 }
 
 template <class T>
@@ -54,7 +71,7 @@ void few_rows(const T* w, int64_t k, const Operand& x, int64_t count, int64_t be
 
 // Many rows of x: W is brought into panels [K block][PANEL rows], so that the inner loop is broadcast, load, multiply.
 constexpr int PANEL = 2 * W;
-constexpr int ROWS = W == 16 ? 12 : 4;  // accumulators: 2 x ROWS vectors
+constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 4;  // accumulators: 2 x ROWS vectors
 constexpr int64_t K_BLOCK = 256;
 
 template <class T>
@@ -140,16 +157,24 @@ WKV_INLINE void column_block(const T* w, int64_t k, const float* x, int64_t stri
   constexpr int B = TILE_ROWS / W;
   // The maps are short: what follows in memory is the next block, wanted soon.
   constexpr int64_t AHEAD = 3072 / sizeof(T);
-  Vec<float> sums[M][B] = {};
-  for (int64_t c = 0; c < k; ++c) {
+  constexpr int CHAIN = M == 1 && B == 2 ? 2 : 1;  // two vectors alone would wait for their additions
+  Vec<float> sums[CHAIN][M][B] = {};
+  const auto add = [&](int64_t c, auto& to) {
     if (M == 1 && c * TILE_ROWS * sizeof(T) % 64 == 0) __builtin_prefetch(w + c * TILE_ROWS + AHEAD);
     for (int b = 0; b < B; ++b) {
       const Vec<float> weight = load_floats(w + c * TILE_ROWS + b * W);
-      for (int m = 0; m < M; ++m) sums[m][b] += weight * x[m * stride + c];
+      for (int m = 0; m < M; ++m) to[m][b] += weight * x[m * stride + c];
     }
-  }
+  };
+  int64_t c = 0;
+  for (; c + CHAIN <= k; c += CHAIN)
+    for (int i = 0; i < CHAIN; ++i) add(c + i, sums[i]);
+  for (; c < k; ++c) add(c, sums[0]);
   for (int m = 0; m < M; ++m)
-    for (int b = 0; b < B; ++b) store<float>(y + m * ld + b * W, sums[m][b]);
+    for (int b = 0; b < B; ++b) {
+      if (CHAIN == 2) sums[0][m][b] += sums[CHAIN - 1][m][b];
+      store<float>(y + m * ld + b * W, sums[0][m][b]);
+    }
 }
 
 template <class T>

@@ -3,19 +3,29 @@
 #include "weights.h"
 #include "vec.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
 
+// Weights are stored as code = value + OFFSET. `Sum` gathers sum_k value[row][k] * x[k] for 16 rows, over one group of
+// 4-bit codes (`group_result`) or up to 512 columns of 8-bit codes (`block_result`). The variants with VNNI and AVX2
+// (integer_avx2.h) multiply the codes as they are and take the offsets of the FixedRow away in the end; the others
+// subtract OFFSET first.
+#if defined(WKV_ISA_avx2)
+#include "integer_avx2.h"
+#else
+
 namespace wkv::WKV_ISA {
+
+// Where column j of every four stands in FixedRow::both.
+constexpr int PLACE[4] = {0, 1, 2, 3};
 
 // 64 codes: 16 rows x 4 columns.
 typedef uint8_t Codes __attribute__((vector_size(64)));
-// One float or integer per row of a tile.
+// One float per row of a tile.
 typedef float Row16 __attribute__((vector_size(64)));
-typedef int32_t Int16 __attribute__((vector_size(64)));
 
 WKV_INLINE Codes load_codes(const void* p) {
   Codes c;
@@ -44,9 +54,9 @@ WKV_INLINE Codes upper_bits(Codes c, int shift) {
 #endif
 }
 
-// Weights are stored as code = value + OFFSET. `Sum` gathers sum_k value[row][k] * x[k] for 16 rows, over one group of
-// 4-bit codes (`group_result`) or up to 512 columns of 8-bit codes (`block_result`). The variant with VNNI multiplies the
-// codes as they are and takes the offsets of the FixedRow away in the end; the others subtract OFFSET first.
+WKV_INLINE void set_part(Row16& y, int i, Vec<float> v) {
+  std::memcpy(reinterpret_cast<char*>(&y) + VECTOR_BYTES * i, &v, sizeof v);
+}
 
 #if defined(__AVX512VNNI__)
 
@@ -105,38 +115,6 @@ struct Sum {
     const __m512i total = _mm512_add_epi32(_mm512_permutex2var_epi32(rows_0_7, even, rows_8_15),
                                            _mm512_permutex2var_epi32(rows_0_7, odd, rows_8_15));
     return reinterpret_cast<Row16>(_mm512_cvtepi32_ps(total));
-  }
-};
-
-#elif defined(__AVX2__)
-
-template <int OFFSET>
-struct Sum {
-  __m256i part[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-
-  WKV_INLINE void add(Codes codes, const FixedRow& x, int64_t column) {
-    int64_t four;
-    std::memcpy(&four, x.both + column, 8);
-    __m128i quarter[4];
-    std::memcpy(quarter, &codes, 64);
-    for (int i = 0; i < 4; ++i) {
-      const __m256i c = _mm256_sub_epi16(_mm256_cvtepu8_epi16(quarter[i]), _mm256_set1_epi16(OFFSET));
-      part[i] = _mm256_add_epi32(part[i], _mm256_madd_epi16(c, _mm256_set1_epi64x(four)));
-    }
-  }
-  WKV_INLINE void add(const Sum& other) {
-    for (int i = 0; i < 4; ++i) part[i] = _mm256_add_epi32(part[i], other.part[i]);
-  }
-  WKV_INLINE Row16 group_result(int32_t) const { return result(); }
-  WKV_INLINE Row16 block_result(const int32_t*) const { return result(); }
-  WKV_INLINE Row16 result() const {
-    Row16 y;
-    for (int i = 0; i < 2; ++i) {
-      const __m256i pairs = _mm256_permute4x64_epi64(_mm256_hadd_epi32(part[2 * i], part[2 * i + 1]), 0xD8);
-      const __m256 rows = _mm256_cvtepi32_ps(pairs);
-      std::memcpy(reinterpret_cast<char*>(&y) + 32 * i, &rows, 32);
-    }
-    return y;
   }
 };
 
@@ -210,5 +188,37 @@ WKV_INLINE Row16 load_row16(const float* p) {
   return y;
 }
 WKV_INLINE void store_row16(float* p, Row16 y) { std::memcpy(p, &y, sizeof y); }
+
+// Codes of 64 rows x 4 columns, column by column -> four tiles of 16 rows x 4 columns. Byte 16 l + 4 i + q of a column
+// holds row 16 i + 4 l + q: interleaving four columns then gives whole tiles.
+constexpr int sparse_row(int byte) { return byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4; }
+
+WKV_INLINE void interleave(const Codes column[4], Codes tile[4]) {
+#if defined(__AVX512BW__)
+  __m512i c[4];
+  for (int i = 0; i < 4; ++i) c[i] = reinterpret_cast<__m512i>(column[i]);
+  const __m512i a = _mm512_unpacklo_epi8(c[0], c[1]), b = _mm512_unpackhi_epi8(c[0], c[1]);
+  const __m512i d = _mm512_unpacklo_epi8(c[2], c[3]), e = _mm512_unpackhi_epi8(c[2], c[3]);
+  tile[0] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(a, d));
+  tile[1] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(a, d));
+  tile[2] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(b, e));
+  tile[3] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(b, e));
+#else
+  uint8_t in[4][64], out[4][64];
+  std::memcpy(in, column, sizeof in);
+  for (int byte = 0; byte < 64; ++byte)
+    for (int j = 0; j < 4; ++j) out[sparse_row(byte) / 16][sparse_row(byte) % 16 * 4 + j] = in[j][byte];
+  std::memcpy(tile, out, sizeof out);
+#endif
+}
+
+}  // namespace wkv::WKV_ISA
+
+#endif
+
+namespace wkv::WKV_ISA {
+
+// Where column j of a row stands in FixedRow::both.
+constexpr int64_t place(int64_t column) { return column / 4 * 4 + PLACE[column % 4]; }
 
 }  // namespace wkv::WKV_ISA

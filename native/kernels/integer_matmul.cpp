@@ -1,6 +1,7 @@
 // y = W x for 8-, 6- and 4-bit weights, one row of activations or many: every weight is read once for all of them.
 #include "convert.h"
 #include "integer_dot.h"
+#include "integer_panel.h"
 
 #include <algorithm>
 
@@ -11,15 +12,18 @@ namespace {
 constexpr int INT8_ROWS = 8, INT4_ROWS = 8;  // rows of activations whose sums the registers hold
 #elif defined(__AVX512BW__)
 constexpr int INT8_ROWS = 8, INT4_ROWS = 6;
+#elif defined(WKV_ISA_avx2)
+constexpr int INT8_ROWS = 4, INT4_ROWS = 2;
+constexpr int64_t PANEL_FROM = 8;  // rows from which panels pay
 #else
 constexpr int INT8_ROWS = 2, INT4_ROWS = 2;
 #endif
 
-WKV_INLINE Row16 load_halves(const uint16_t* p) {
+// 16 half-precision numbers.
+WKV_INLINE Row16 load_halves(const void* p) {
   Row16 y;
   for (int i = 0; i < TILE_ROWS; i += LANES<float>) {
-    const Vec<float> v = load_floats(reinterpret_cast<const f16*>(p + i));
-    std::memcpy(reinterpret_cast<char*>(&y) + 4 * i, &v, sizeof v);
+    set_part(y, i / LANES<float>, load_floats(static_cast<const f16*>(p) + i));
   }
   return y;
 }
@@ -28,60 +32,82 @@ WKV_INLINE Row16 load_halves(const uint16_t* p) {
 struct Int8Tile {
   const uint8_t* codes;  // [K/4][16][4]
   WKV_INLINE Codes step(int64_t column) const { return load_codes(codes + 16 * column); }
+  WKV_INLINE void ahead(int64_t column) const { prefetch_ahead(codes + 16 * column); }
+};
+
+// 32 columns of a tile: 8 columns are a pair of steps.
+struct Int4Group {
+  const uint8_t *codes, *scales;
+  WKV_INLINE Row16 scale() const { return load_halves(scales); }
+  WKV_INLINE void two_steps(int i, Codes& first, Codes& second) const {
+    const Codes both = load_codes(codes + 64 * i);
+    first = low_nibbles(both);
+    second = high_nibbles(both);
+  }
+  WKV_INLINE void ahead(int i) const { prefetch_ahead(codes + 64 * i); }
 };
 
 struct Int4Tile {
   static constexpr int OFFSET = 8;
   const uint8_t* tile;
-  WKV_INLINE const uint8_t* block(int64_t column) const { return tile + column / 64 * INT4_TILE_BYTES; }
-  WKV_INLINE Row16 scale(int64_t column) const {
-    return load_halves(reinterpret_cast<const uint16_t*>(block(column)) + column % 64 / GROUP * TILE_ROWS);
+  WKV_INLINE Int4Group group(int64_t g) const {
+    const uint8_t* block = tile + g / 2 * INT4_TILE_BYTES;
+    return {block + 64 + g % 2 * 256, block + g % 2 * 32};
   }
-  // Codes of columns c .. c + 3 and c + 4 .. c + 7.
-  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
-    const Codes both = load_codes(block(column) + 64 + column % 64 * 8);
-    first = low_nibbles(both);
-    second = high_nibbles(both);
+};
+
+struct Int6Group {
+  const uint8_t *codes, *upper, *scales;
+  WKV_INLINE Row16 scale() const { return load_halves(scales); }
+  WKV_INLINE void two_steps(int i, Codes& first, Codes& second) const {
+    const Codes lower = load_codes(codes + 64 * i), bits = load_codes(upper + i / 2 * 64);
+    first = low_nibbles(lower) | upper_bits(bits, i % 2 == 0 ? -4 : 0);
+    second = high_nibbles(lower) | upper_bits(bits, i % 2 == 0 ? -2 : 2);
+  }
+  WKV_INLINE void ahead(int i) const {
+    prefetch_ahead(codes + 64 * i);
+    if (i % 2 == 0) prefetch_ahead(upper + i / 2 * 64);
   }
 };
 
 struct Int6Tile {
   static constexpr int OFFSET = 32;
   const uint8_t* tile;
-  WKV_INLINE const uint8_t* block(int64_t column) const { return tile + column / 64 * INT6_TILE_BYTES; }
-  WKV_INLINE Row16 scale(int64_t column) const {
-    return load_halves(reinterpret_cast<const uint16_t*>(block(column)) + column % 64 / GROUP * TILE_ROWS);
-  }
-  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
-    const Codes lower = load_codes(block(column) + 64 + column % 64 * 8);
-    const Codes upper = load_codes(block(column) + INT4_TILE_BYTES + column % 64 / 16 * 64);
-    const bool later = column % 16 != 0;  // columns 8 .. 15 of the vector
-    first = low_nibbles(lower) | upper_bits(upper, later ? 0 : -4);
-    second = high_nibbles(lower) | upper_bits(upper, later ? 2 : -2);
+  WKV_INLINE Int6Group group(int64_t g) const {
+    const uint8_t* block = tile + g / 2 * INT6_TILE_BYTES;
+    return {block + 64 + g % 2 * 256, block + INT4_TILE_BYTES + g % 2 * 128, block + g % 2 * 32};
   }
 };
 
 // 4-bit codes of a sparse matrix, one per byte, already brought into tile order.
+struct UnpackedInt4Group {
+  const uint8_t *codes, *scales;
+  WKV_INLINE Row16 scale() const { return load_halves(scales); }
+  WKV_INLINE void two_steps(int i, Codes& first, Codes& second) const {
+    first = load_codes(codes + 128 * i);
+    second = load_codes(codes + 128 * i + 64);
+  }
+  WKV_INLINE void ahead(int) const {}
+};
+
 struct UnpackedInt4Tile {
   static constexpr int OFFSET = 8;
-  const uint8_t* codes;
-  const uint16_t* scales;  // of the first group
-  int64_t group_stride;    // in halves
-  WKV_INLINE Row16 scale(int64_t column) const { return load_halves(scales + column / GROUP * group_stride); }
-  WKV_INLINE void two_steps(int64_t column, Codes& first, Codes& second) const {
-    first = load_codes(codes + 16 * column);
-    second = load_codes(codes + 16 * column + 64);
-  }
+  const uint8_t *codes, *scales;  // scales: of the first group
+  int64_t group_bytes;            // from the scales of one group to those of the next
+  WKV_INLINE UnpackedInt4Group group(int64_t g) const { return {codes + g * GROUP * 16, scales + g * group_bytes}; }
 };
 
 template <int M>
-WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, const float* scale, float* y, int64_t ld) {
+WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, const float* scale, float* y,
+                          int64_t ld) {
   Row16 total[M] = {};
   for (int64_t begin = 0; begin < cols; begin += INT8_BLOCK) {
     const int64_t end = std::min(begin + INT8_BLOCK, cols);
     Sum<128> sums[M], more[1];
     if (M == 1) {  // one row: four chains of additions hide their latency
       for (int64_t c = begin; c < end; c += 8) {
+        w.ahead(c);
+        w.ahead(c + 4);
         sums[0].add(w.step(c), x[0], c);
         more[0].add(w.step(c + 4), x[0], c + 4);
       }
@@ -101,11 +127,15 @@ WKV_INLINE void int8_tile(const Int8Tile& w, const FixedRow* x, int64_t cols, co
 template <int M, class Tile>
 WKV_INLINE void group_tile(const Tile& w, const FixedRow* x, int64_t cols, float* y, int64_t ld) {
   Row16 total[M] = {};
-  for (int64_t begin = 0; begin < cols; begin += GROUP) {
+  for (int64_t g = 0; g < cols / GROUP; ++g) {
+    const auto group = w.group(g);
     Sum<Tile::OFFSET> sums[M], more[1];
-    for (int64_t c = begin; c < begin + GROUP; c += 8) {
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP / 8; ++i) {
+      const int64_t c = g * GROUP + 8 * i;
       Codes first, second;
-      w.two_steps(c, first, second);
+      group.two_steps(i, first, second);
+      if (M == 1) group.ahead(i);
       for (int m = 0; m < M; ++m) sums[m].add(first, x[m], c);
       if (M == 1)
         more[0].add(second, x[0], c + 4);
@@ -113,9 +143,9 @@ WKV_INLINE void group_tile(const Tile& w, const FixedRow* x, int64_t cols, float
         for (int m = 0; m < M; ++m) sums[m].add(second, x[m], c + 4);
     }
     if (M == 1) sums[0].add(more[0]);
-    const Row16 scale = w.scale(begin);
+    const Row16 scale = group.scale();
     for (int m = 0; m < M; ++m)
-      total[m] += sums[m].group_result(Tile::OFFSET / 8 * x[m].group_offsets[begin / GROUP]) * scale;
+      total[m] += sums[m].group_result(Tile::OFFSET / 8 * x[m].group_offsets[g]) * scale;
   }
   for (int m = 0; m < M; ++m) store_row16(y + m * ld, total[m] * x[m].scale);
 }
@@ -132,30 +162,29 @@ WKV_INLINE void in_blocks(int64_t count, const Run& run) {
   for (; m < count; ++m) run(std::integral_constant<int, 1>{}, m);
 }
 
-constexpr int64_t SPARSE_ROWS = 64;  // rows of one vector of codes in the sparse formats
-
-// Byte 16 l + 4 i + q of a 64-row vector holds row 16 i + 4 l + q: interleaving four columns then gives whole tiles.
-constexpr int sparse_row(int byte) { return byte % 16 / 4 * 16 + byte / 16 * 4 + byte % 4; }
-
-// Codes of 64 rows x 4 columns, column by column -> four tiles of 16 rows x 4 columns.
-WKV_INLINE void interleave(const Codes column[4], Codes tile[4]) {
-#if defined(__AVX512BW__)
-  __m512i c[4];
-  for (int i = 0; i < 4; ++i) c[i] = reinterpret_cast<__m512i>(column[i]);
-  const __m512i a = _mm512_unpacklo_epi8(c[0], c[1]), b = _mm512_unpackhi_epi8(c[0], c[1]);
-  const __m512i d = _mm512_unpacklo_epi8(c[2], c[3]), e = _mm512_unpackhi_epi8(c[2], c[3]);
-  tile[0] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(a, d));
-  tile[1] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(a, d));
-  tile[2] = reinterpret_cast<Codes>(_mm512_unpacklo_epi16(b, e));
-  tile[3] = reinterpret_cast<Codes>(_mm512_unpackhi_epi16(b, e));
-#else
-  uint8_t in[4][64], out[4][64];
-  std::memcpy(in, column, sizeof in);
-  for (int byte = 0; byte < 64; ++byte)
-    for (int j = 0; j < 4; ++j) out[sparse_row(byte) / 16][sparse_row(byte) % 16 * 4 + j] = in[j][byte];
-  std::memcpy(tile, out, sizeof out);
+// A tile of 16 rows with all rows of activations: y [count][ld].
+template <class Tile>
+WKV_INLINE void int8_rows(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, const float* scale, float* y,
+                          int64_t ld) {
+#if defined(WKV_ISA_avx2)
+  if (count >= PANEL_FROM) return int8_panel(w, x, count, cols, scale, y, ld);
 #endif
+  in_blocks<INT8_ROWS>(count, [&](auto size, int64_t m) {
+    int8_tile<decltype(size)::value>(w, x + m, cols, scale, y + m * ld, ld);
+  });
 }
+
+template <class Tile>
+WKV_INLINE void group_rows(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, float* y, int64_t ld) {
+#if defined(WKV_ISA_avx2)
+  if (count >= PANEL_FROM) return group_panel(w, x, count, cols, y, ld);
+#endif
+  in_blocks<INT4_ROWS>(count, [&](auto size, int64_t m) {
+    group_tile<decltype(size)::value>(w, x + m, cols, y + m * ld, ld);
+  });
+}
+
+constexpr int64_t SPARSE_ROWS = 64;  // rows of one vector of codes in the sparse formats
 
 const uint8_t* bytes(const Matrix& w) { return static_cast<const uint8_t*>(w.data); }
 
@@ -179,19 +208,13 @@ void integer_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t ro
       float* out = y + first * ld + n;
       if (w.format == Format::int8) {
         const Int8Tile tile{bytes(w) + n * w.cols};
-        in_blocks<INT8_ROWS>(some, [&](auto size, int64_t m) {
-          int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n, out + m * ld, ld);
-        });
+        int8_rows(tile, rows, some, w.cols, w.scale + n, out, ld);
       } else if (w.format == Format::int6) {
         const Int6Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT6_TILE_BYTES};
-        in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
-          group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
-        });
+        group_rows(tile, rows, some, w.cols, out, ld);
       } else {
         const Int4Tile tile{bytes(w) + n / TILE_ROWS * (w.cols / 64) * INT4_TILE_BYTES};
-        in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
-          group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
-        });
+        group_rows(tile, rows, some, w.cols, out, ld);
       }
     }
   }
@@ -232,17 +255,11 @@ void sparse_matmul(const Matrix& w, const Operand& x, int64_t count, int64_t row
         const uint8_t* codes = scratch + t * 16 * w.cols;
         float* out = y + first * ld + n + t * TILE_ROWS;
         if (int4) {
-          const auto* scales = reinterpret_cast<const uint16_t*>(sparse_group(w, 0)) + n + t * TILE_ROWS;
-          const int64_t stride = w.rows + GROUP * w.rows / 4;
-          const UnpackedInt4Tile tile{codes, scales, stride};
-          in_blocks<INT4_ROWS>(some, [&](auto size, int64_t m) {
-            group_tile<decltype(size)::value>(tile, rows + m, w.cols, out + m * ld, ld);
-          });
+          const uint8_t* scales = sparse_group(w, 0) + 2 * (n + t * TILE_ROWS);
+          const int64_t group_bytes = sparse_group(w, 1) - sparse_group(w, 0);
+          group_rows(UnpackedInt4Tile{codes, scales, group_bytes}, rows, some, w.cols, out, ld);
         } else {
-          const Int8Tile tile{codes};
-          in_blocks<INT8_ROWS>(some, [&](auto size, int64_t m) {
-            int8_tile<decltype(size)::value>(tile, rows + m, w.cols, w.scale + n + t * TILE_ROWS, out + m * ld, ld);
-          });
+          int8_rows(Int8Tile{codes}, rows, some, w.cols, w.scale + n + t * TILE_ROWS, out, ld);
         }
       }
     }
@@ -266,13 +283,15 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
     const int16_t* both = x.both + g * GROUP;
     for (int j = 0; j < GROUP; ++j) {
       active[slot][count[slot]] = j;
-      count[slot] += both[j] != 0;
+      count[slot] += both[place(j)] != 0;
     }
     *skipped += GROUP - count[slot];
+    // With AVX2 it is faster to fetch the next group bit by bit while this one is multiplied, see below.
+    if (VECTOR_BYTES == 32 && g > group_begin) return;
     const uint8_t* codes = codes_of(g);
     for (int i = 0; i < count[slot]; ++i)
       for (int64_t at = 0; at < column_bytes; at += 64)
-        __builtin_prefetch(codes + active[slot][i] * column_bytes + at, 0, 2);
+        __builtin_prefetch(codes + active[slot][i] * column_bytes + at, 0, VECTOR_BYTES == 32 ? 3 : 2);
   };
   collect(group_begin, group_begin & 1);
   for (int64_t g = group_begin; g < group_end; ++g) {
@@ -290,8 +309,9 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
       const bool real = i < count[slot];
       const int64_t j = real ? active[slot][i] : active[slot][0];
       start[i / 4][i % 4] = codes + j * column_bytes;
-      both[i] = real ? x.both[g * GROUP + j] : 0;
-      const int high = (both[i] + 128) >> 8, low = both[i] - 256 * high;
+      const int16_t code = real ? x.both[g * GROUP + place(j)] : int16_t{0};
+      both[place(i)] = code;
+      const int high = (code + 128) >> 8, low = code - 256 * high;
       halves[i / 4 * 8 + i % 4] = static_cast<int8_t>(high);
       halves[i / 4 * 8 + 4 + i % 4] = static_cast<int8_t>(low);
       offsets[0] += (int4 ? 8 : 128) * high;
@@ -301,11 +321,15 @@ void sparse_matvec(const Matrix& w, const FixedRow& x, int64_t group_begin, int6
     const FixedRow packed{1.0f, halves, both, nullptr, nullptr};
     const auto add = [&](Row16 sums, int64_t n) { store_row16(y + n, load_row16(y + n) + sums * x.scale); };
     const auto finish4 = [&](const Sum<8>& sums, int64_t n) {
-      const Row16 scale = load_halves(reinterpret_cast<const uint16_t*>(sparse_group(w, g)) + n);
+      const Row16 scale = load_halves(sparse_group(w, g) + 2 * n);
       add(sums.group_result(256 * offsets[0] + offsets[1]) * scale, n);
     };
+    const uint8_t* next = codes_of(g + 1);
     for (int64_t at = 0; at < column_bytes; at += 64) {
       Codes column[4], tile[4];
+      if (VECTOR_BYTES == 32)
+        for (int i = 0; i < count[slot ^ 1]; ++i)
+          __builtin_prefetch(next + active[slot ^ 1][i] * column_bytes + at, 0, 3);
       if (int4) {
         Sum<8> first[4], second[4];
         for (int64_t q = 0; q < quads; ++q) {

@@ -45,6 +45,12 @@ WKV_INLINE Vec<T> load(const T* p) {
   return v;
 }
 
+// Asks for memory that a stream of weights will soon reach. With vectors of 64 bytes the processor's own prefetching was
+// faster, with 32 bytes this is (bf16 by a quarter).
+WKV_INLINE void prefetch_ahead(const void* p) {
+  if (VECTOR_BYTES == 32) __builtin_prefetch(static_cast<const char*>(p) + 1024);
+}
+
 template <class T>
 WKV_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);

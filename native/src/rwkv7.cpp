@@ -360,9 +360,10 @@ class Rwkv7 {
     std::memset(mine, 0, sizeof(float) * static_cast<size_t>(c));
     const FixedRow x = FixedLayout(value.cols).at(b.wide_fixed.get());
     int64_t zero = 0;
-    constexpr int64_t AT_A_TIME = 4;
-    for_shares(stage, (groups + AT_A_TIME - 1) / AT_A_TIME, [&](int64_t i) {
-      multiply_sparse(value, x, i * AT_A_TIME, std::min(groups, (i + 1) * AT_A_TIME), mine, &zero);
+    // Within a share the next group's memory is fetched ahead, so shares are as large as an even division allows.
+    const int64_t share = std::max<int64_t>(4, groups / (4 * threads));
+    for_shares(stage, (groups + share - 1) / share, [&](int64_t i) {
+      multiply_sparse(value, x, i * share, std::min(groups, (i + 1) * share), mine, &zero);
     });
     skipped.fetch_add(zero, std::memory_order_relaxed);
     if (thread == 0) value_inputs.fetch_add(value.cols, std::memory_order_relaxed);

@@ -55,7 +55,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 struct FixedRow {
   float scale;
   const int8_t* halves;  // [K padded to 64, / 4][2][4]: four high halves, their four low halves, and so on
-  const int16_t* both;   // the same numbers as one 16-bit integer
+  const int16_t* both;   // the same numbers as one 16-bit integer; every four in the order of PLACE (integer_dot.h)
   // What the offset of the weight codes (their zero) adds to a product, to be taken away again.
   const int32_t* group_offsets;  // 8 sum(256 high + low) per 32 columns: int4, and a quarter of int6
   const int32_t* block_offsets;  // int8: (128 sum(high), 128 sum(low)) per 512 columns

@@ -12,9 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from wkv.checkpoints.archive import Archive, from_mapping, listing, merge
-from wkv.checkpoints.gguf import open_gguf
-from wkv.checkpoints.rwkv_cpp import open_rwkv_cpp
-from wkv.checkpoints.safetensors_file import open_safetensors
 from wkv.checkpoints.torch_file import open_torch, unwrap
 from wkv.errors import CheckpointError
 
@@ -131,6 +128,7 @@ def _complete(paths: list[Path]) -> list[Path]:
 
 
 def _open_file(path: Path) -> Archive:
+    # Imported when a file asks for them: one format is used, and each has its own tables and libraries.
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
@@ -138,10 +136,16 @@ def _open_file(path: Path) -> Archive:
     if start.startswith(b"PK\x03\x04"):
         return open_torch(path)
     if start.startswith(b"GGUF"):
+        from wkv.checkpoints.gguf import open_gguf
+
         return open_gguf(path)
     if start.startswith(b"fmgg"):
+        from wkv.checkpoints.rwkv_cpp import open_rwkv_cpp
+
         return open_rwkv_cpp(path)
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[5:8] == b"\0\0\0"):
+        from wkv.checkpoints.safetensors_file import open_safetensors
+
         return open_safetensors(path)
     for magic, what in _FOREIGN_FILES.items():
         if start.lstrip().startswith(magic):

@@ -6,8 +6,6 @@ import importlib.util
 import sys
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from wkv.errors import WkvError
 
@@ -50,6 +48,9 @@ def main() -> None:
     try:
         app()
     except WkvError as error:
+        from rich.console import Console
+        from rich.markup import escape
+
         message = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True, soft_wrap=True).print(message, highlight=False)
         sys.exit(1)

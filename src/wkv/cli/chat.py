@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from wkv.cli.generate import DEVICE, DTYPE, MAPPED, MIN_P, MODEL, SEED, STATE, TEMPERATURE, TOKENIZER, TOP_K, TYPICAL_P
 from wkv.errors import WkvError
@@ -46,11 +45,13 @@ def chat(
     import wkv
     from wkv.inference import Chat, Sampler
     from wkv.inference.huge_pages import use_huge_pages
+    from wkv.inference.pages import give_back_libraries
 
     sampler = Sampler(
         temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
     )  # fmt: skip
     loaded = wkv.load_model(model, dtype=dtype, device=device)
+    give_back_libraries()
     if not mapped:
         use_huge_pages(loaded)
     conversation = Chat(loaded, system, sampler, think, max_tokens, tokenizer)
@@ -70,6 +71,8 @@ def talk(conversation: Chat, interactive: bool) -> None:
         except WkvError as error:
             if not interactive:
                 raise
+            from rich.console import Console
+
             Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         except KeyboardInterrupt:
             if not interactive:
@@ -79,6 +82,8 @@ def talk(conversation: Chat, interactive: bool) -> None:
 
 def messages(interactive: bool) -> Iterator[str]:
     """Lines of the user that are not empty, until the end of input."""
+    from rich.console import Console
+
     console = Console()
     while True:
         try:

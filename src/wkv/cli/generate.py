@@ -58,12 +58,14 @@ def generate(
     import wkv
     from wkv.inference import Sampler
     from wkv.inference.huge_pages import use_huge_pages
+    from wkv.inference.pages import give_back_libraries
 
     sampler = Sampler(
         temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
     )  # fmt: skip
     check_folder(save_state)
     loaded = wkv.load_model(model, dtype=dtype, device=device)
+    give_back_libraries()
     if not mapped:
         use_huge_pages(loaded)
     text: str | bytes = typer.get_binary_stream("stdin").read() if prompt == "-" else prompt

@@ -8,6 +8,7 @@ Shape letters: B running rows, V vocabulary, K alternatives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -267,10 +268,10 @@ class Engine:
             self._penalties.select(places)
 
     def _check(self, logits_BV: Tensor) -> None:
-        finite_B = logits_BV.amax(-1).isfinite()
-        if bool(finite_B.all()):
+        largest_B = logits_BV.amax(-1).tolist()
+        if all(map(math.isfinite, largest_B)):
             return
-        row = self.running[int((~finite_B).nonzero()[0])]
+        row = self.running[[math.isfinite(largest) for largest in largest_B].index(False)]
         raise WkvError(
             f"the model's logits for prompt {row.index} are not finite after {len(row.choices)} new tokens: "
             "its weights are damaged or its half precision overflows; check the file, or load it with dtype float32"

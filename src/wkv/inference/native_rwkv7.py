@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wkv import native
 from wkv.errors import WkvError
+from wkv.inference.pages import give_back, read_singly
 from wkv.layers.language_model import LanguageModel, Output
 from wkv.models.rwkv7 import RWKV7, RWKV7Config
 from wkv.quantization.modules import QuantizedEmbedding, QuantizedLinear
@@ -45,9 +46,17 @@ def unsupported(model: LanguageModel) -> str | None:
     return native.unavailable()
 
 
+def copied_names(model: nn.Module) -> frozenset[str]:
+    """Names of the matrices of `model` that `NativeRWKV7` reads once, to copy them; none where it cannot run it."""
+    if not isinstance(model, LanguageModel) or unsupported(model) is not None:
+        return frozenset()
+    return frozenset(f"blocks.{index}.att.{name}" for index in range(len(model.blocks)) for name in _LOW_RANK)
+
+
 class NativeRWKV7:
     """Runs the weights of an RWKV-7 model. Its large matrices are not copied: what training or merging does to them in
-    place is seen. Low-rank maps and vectors (norms, token shift shares) are copied, and stay as they were.
+    place is seen. Low-rank maps and vectors (norms, token shift shares) are copied, and stay as they were; the pages of
+    a mapped file in which they lie are given back.
 
     Args:
         model: an RWKV-7 language model on the CPU; see `unsupported`.
@@ -63,6 +72,7 @@ class NativeRWKV7:
         assert isinstance(model.config, RWKV7Config)
         self.config = model.config
         self._kept: list[Tensor] = []  # what the library has addresses of
+        self._copied: list[Tensor] = []  # what it copies when it is created
         self._name = model.name
         config = self.config
         sizes = [config.num_layers, config.hidden_size, config.num_heads, config.head_size, config.ffn_size]
@@ -77,6 +87,8 @@ class NativeRWKV7:
         self._handle = create(sizes_table.data_ptr(), tables_table.data_ptr(), config.norm_eps, config.head_norm_eps)
         if self._handle == 0:
             raise MemoryError("the native kernels could not allocate their work space")
+        give_back(self._copied)
+        del self._copied
         weakref.finalize(self, native.function("wkv_rwkv7_free", "i", ""), self._handle)
         self._forward = native.function("wkv_rwkv7_forward", "ippippppii")
         self._addresses: tuple[State | None, list[Tensor]] = (None, [])
@@ -163,11 +175,16 @@ class NativeRWKV7:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _copy(self, tensor: Tensor) -> int:
+        self._copied.append(tensor)
+        return tensor.data_ptr()
+
     def _vector(self, parameter: Tensor) -> int:
-        return self._keep(parameter.detach().float().flatten().contiguous())
+        return self._copy(parameter.detach().float().flatten().contiguous())
 
     def _embedding(self, layer: nn.Module) -> tuple[int, int, int]:
         if isinstance(layer, QuantizedEmbedding):
+            read_singly(layer.codes)
             return 3, self._keep(layer.codes), self._keep(layer.scale)
         weight: Any = layer.weight
         return _FLOATS[weight.dtype], self._keep(weight.detach().contiguous()), 0
@@ -186,7 +203,7 @@ class NativeRWKV7:
         for name in _LOW_RANK:
             weight = getattr(block.att, name).detach()
             numbers += [_FLOATS[weight.dtype] + _COLUMNS, weight.shape[1], weight.shape[0]]
-            numbers += [self._keep(weight.contiguous()), 0]
+            numbers += [self._copy(weight.contiguous()), 0]
         for name in _LINEAR:
             numbers += self._matrix(block.get_submodule(name))
         return numbers + [self._vector(block.get_parameter(name)) for name in _VECTORS]

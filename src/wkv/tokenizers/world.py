@@ -48,11 +48,16 @@ _PIECES = re.compile(
 
 
 class TokenTable(Sequence[bytes]):
-    """`table[id] -> bytes`, kept as one string of bytes with offsets: a tenth of what 65,536 objects would take."""
+    """`table[id] -> bytes`, kept as one string of bytes with offsets: a tenth of what 65,536 objects would take.
 
-    def __init__(self, tokens: list[bytes]) -> None:
-        self.joined = b"".join(tokens)
-        self.offsets = array("I", itertools.accumulate(map(len, tokens), initial=0))
+    Args:
+        joined: the bytes of all tokens, one after the other.
+        lengths: of each.
+    """
+
+    def __init__(self, joined: bytes, lengths: Iterable[int]) -> None:
+        self.joined = joined
+        self.offsets = array("I", itertools.accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,9 +73,8 @@ class _Vocabulary:
     lengths to try, longest first; these two take 8 MB.
     """
 
-    def __init__(self, tokens: list[bytes]) -> None:
-        padding = VOCAB_SIZE - NUM_TOKENS - 1
-        self.table = TokenTable([b"", *tokens, *[b""] * padding])
+    def __init__(self, packed: bytes) -> None:
+        self.table = unpack_table(packed)
 
     @functools.cached_property
     def native(self) -> NativeWorld:
@@ -93,7 +97,13 @@ class _Vocabulary:
 
 
 def unpack_vocabulary(packed: bytes) -> list[bytes]:
-    """The token bytes in id order (id 1 first) from the packed form written by `tools/build_world_vocabulary.py`.
+    """The token bytes in id order (id 1 first): `unpack_table` as a list."""
+    table = unpack_table(packed)
+    return [table[index] for index in range(1, NUM_TOKENS + 1)]
+
+
+def unpack_table(packed: bytes) -> TokenTable:
+    """All ids' bytes from the packed form written by `tools/build_world_vocabulary.py`; id 0 and the padding are empty.
 
     zlib of three runs: for the tokens in byte order, how many bytes each shares with the one before; how many it adds;
     the added bytes. Ids follow from sorting by length, then by bytes. Raises TokenizerError if the data are damaged.
@@ -102,19 +112,21 @@ def unpack_vocabulary(packed: bytes) -> list[bytes]:
         data = zlib.decompress(packed)
     except zlib.error as error:
         raise TokenizerError(f"the World vocabulary of this installation is damaged ({error}): reinstall wkv") from None
-    tokens, previous, at = [], b"", 2 * NUM_TOKENS
+    # Tokens of one length are joined at once: as 65,529 objects they would take 5 MB, which Python then keeps.
+    joined = [bytearray() for _ in range(LONGEST_TOKEN + 1)]
+    previous, at = b"", 2 * NUM_TOKENS
     for kept, added in zip(data[:NUM_TOKENS], data[NUM_TOKENS : 2 * NUM_TOKENS], strict=True):
         previous = previous[:kept] + data[at : at + added]
         at += added
-        tokens.append(previous)
-    tokens.sort(key=len)  # stable: bytes order stays within a length
-    return tokens
+        joined[len(previous)] += previous  # in the order of their bytes
+    lengths = (length for length in range(1, len(joined)) for _ in range(len(joined[length]) // length))
+    padding = VOCAB_SIZE - NUM_TOKENS - 1
+    return TokenTable(b"".join(joined), itertools.chain([0], lengths, [0] * padding))
 
 
 @functools.cache
 def _vocabulary() -> _Vocabulary:
-    packed = importlib.resources.files("wkv.tokenizers").joinpath("world_vocabulary.bin").read_bytes()
-    return _Vocabulary(unpack_vocabulary(packed))
+    return _Vocabulary(importlib.resources.files("wkv.tokenizers").joinpath("world_vocabulary.bin").read_bytes())
 
 
 class WorldTokenizer(TableTokenizer):
