@@ -37,6 +37,8 @@ def main() -> None:
     check_out(options.out)
     settings = make_settings(options.threads, options.rounds, options.quick, options.seed, options.native)
     contenders, skipped = chosen(options.peers)
+    wanted = options.contenders.split(",") if options.contenders else [c.name for c in contenders]
+    contenders = [c for c in contenders if c.name in wanted]
     for name, reason in skipped.items():
         console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
     facts = {"command": command(options), "commit": commit(), "skipped": skipped}
@@ -54,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="0.1b,0.4b", help="some of 0.1b, 0.4b, tiny")
     parser.add_argument("--peers", default="auto", help="auto, none, or some of llama.cpp,rwkv")
+    parser.add_argument("--contenders", default=None, help="only these, names with commas between")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two short rounds")
@@ -68,6 +71,7 @@ def command(options: argparse.Namespace) -> str:
     """What was run, without the folders of this machine."""
     given = {name: getattr(options, name) for name in ("shape", "peers", "threads", "rounds", "seed")}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words += ["--contenders", options.contenders] if options.contenders else []
     return shlex.join(["python", "benchmarks/cpu/decode_prefill.py", *words, *(["--quick"] if options.quick else [])])
 
 

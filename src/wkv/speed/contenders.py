@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import torch
+
 from wkv.errors import WkvError
 
 LLAMA, RWKV, OURS = "llama.cpp", "rwkv", "wkv"
@@ -12,6 +14,7 @@ PEERS = {
     LLAMA: ("llama_cpp", "pip install llama-cpp-python"),
     RWKV: ("rwkv", "pip install rwkv==0.8.32"),
 }  # name: (module, how to get it)
+RWKV_BF16 = "rwkv bf16"
 BEST_QUANTIZED = "llama.cpp best quantised"
 
 
@@ -37,7 +40,7 @@ CONTENDERS = (
     Contender("rwkv fp32", RWKV, "fp32", 32),
     Contender("llama.cpp F32", LLAMA, "F32", 32),
     Contender("wkv bf16", OURS, "bf16", 16),
-    Contender("rwkv bf16", RWKV, "bf16", 16),
+    Contender(RWKV_BF16, RWKV, "bf16", 16),
     Contender("llama.cpp F16", LLAMA, "F16", 16),
     Contender("wkv int8", OURS, "int8", 8),
     Contender("wkv int8, mapped", OURS, "int8 mapped", 8),
@@ -77,7 +80,7 @@ def chosen(peers: str) -> tuple[list[Contender], dict[str, str]]:
         peers: "auto" for those that are installed, "none", or names with commas between.
 
     Returns:
-        the contenders, and the peers left out with the reason.
+        the contenders, and those left out with the reason.
 
     Raises:
         WkvError: for an unknown name.
@@ -93,4 +96,12 @@ def chosen(peers: str) -> tuple[list[Contender], dict[str, str]]:
             skipped[name] = "not asked for"
         elif importlib.util.find_spec(module) is None:
             skipped[name] = f"not installed: {command}"
-    return [c for c in CONTENDERS if c.program == OURS or c.program not in skipped], skipped
+    if RWKV not in skipped and not _multiplies_bfloat16():
+        skipped[RWKV_BF16] = "this processor has no bfloat16 products; torch emulates them a hundred times slower"
+    return [c for c in CONTENDERS if c.program not in skipped and c.name not in skipped], skipped
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether torch's bfloat16 products on this CPU are more than an emulation."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
