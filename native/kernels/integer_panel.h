@@ -22,11 +22,15 @@ class Panel {
     }
   }
 
-  // sums[m] = the products of columns [begin, end) with M rows; `both` is that of column 0 of the panel.
+  // sums[m] = the products of columns [begin, end) with M rows; `both` is that of column 0 of the panel. What lies
+  // `ahead` bytes further, the next rows, is fetched meanwhile.
   template <int M>
-  WKV_INLINE void multiply(int64_t begin, int64_t end, const int16_t* const* both, __m256i sums[M][2]) const {
+  WKV_INLINE void multiply(int64_t begin, int64_t end, const int16_t* const* both, int64_t ahead,
+                           __m256i sums[M][2]) const {
     for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
     for (int64_t c = begin; c < end; c += 4) {
+      if (c % 32 == 0)
+        for (int m = 0; m < M; ++m) __builtin_prefetch(reinterpret_cast<const char*>(both[m] + c) + ahead);
       const __m256i w[4] = {get(c, 0), get(c, 1), get(c, 2), get(c, 3)};
       for (int m = 0; m < M; ++m) {
         const __m256i even = repeat4(both[m] + c), odd = repeat4(both[m] + c + 2);
@@ -66,6 +70,7 @@ template <class Tile>
 void int8_panel(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, const float* scale, float* y,
                 int64_t ld) {
   Panel panel;
+  const int64_t ahead = PANEL_ROWS * FixedLayout(cols).bytes;
   const Row16 s = load_row16(scale);
   for (int64_t begin = 0; begin < cols; begin += INT8_BLOCK) {
     const int64_t columns = std::min(INT8_BLOCK, cols - begin);
@@ -76,7 +81,7 @@ void int8_panel(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, c
       const int16_t* both[M];
       for (int m = 0; m < M; ++m) both[m] = x[first + m].both + begin;
       __m256i sums[M][2];
-      panel.multiply<M>(0, columns, both, sums);
+      panel.multiply<M>(0, columns, both, ahead, sums);
       for (int m = 0; m < M; ++m) {
         float* to = y + (first + m) * ld;
         const Row16 total = begin == 0 ? to_row16(sums[m]) : load_row16(to) + to_row16(sums[m]);
@@ -90,6 +95,7 @@ void int8_panel(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, c
 template <class Tile>
 void group_panel(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, float* y, int64_t ld) {
   Panel panel;
+  const int64_t ahead = PANEL_ROWS * FixedLayout(cols).bytes;
   Row16 scales[INT8_BLOCK / GROUP];
   for (int64_t begin = 0; begin < cols; begin += INT8_BLOCK) {
     const int64_t columns = std::min(INT8_BLOCK, cols - begin);
@@ -114,7 +120,7 @@ void group_panel(const Tile& w, const FixedRow* x, int64_t count, int64_t cols, 
       }
       for (int64_t g = 0; g < columns / GROUP; ++g) {
         __m256i sums[M][2];
-        panel.multiply<M>(g * GROUP, (g + 1) * GROUP, both, sums);
+        panel.multiply<M>(g * GROUP, (g + 1) * GROUP, both, ahead, sums);
         for (int m = 0; m < M; ++m) total[m] += to_row16(sums[m]) * scales[g];
       }
       for (int m = 0; m < M; ++m) store_row16(y + (first + m) * ld, last ? total[m] * x[first + m].scale : total[m]);
