@@ -1,4 +1,7 @@
-"""Draw the picture and the tables of a result again: `python benchmarks/cpu/plot.py results/decode_prefill.json`."""
+"""Work out a result's tables and picture again from what its rounds measured.
+
+    python benchmarks/cpu/plot.py benchmarks/cpu/results/decode_prefill_0.1b.json
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,21 @@ import json
 import sys
 from pathlib import Path
 
+from wkv.speed.bench import write_files
 from wkv.speed.plot import plot
-from wkv.speed.report import markdown
+from wkv.speed.report import summary
+from wkv.speed.rounds import Measured
+
+
+def main(source: Path) -> None:
+    """Rewrite the JSON's summaries, the tables and the picture beside it."""
+    result = json.loads(source.read_text(encoding="utf-8"))
+    for shape in result["shapes"].values():
+        measured = Measured(shape["contenders"], shape["failed"], shape["raw_rounds"], shape["complete"])
+        shape |= summary(measured, result["settings"]["prompt"])
+    write_files(result, source)
+    plot(result, source.with_suffix(".png"))
+
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    result = json.loads(source.read_text(encoding="utf-8"))
-    plot(result, source.with_suffix(".png"))
-    source.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    main(Path(sys.argv[1]))
