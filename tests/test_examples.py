@@ -34,6 +34,14 @@ def test_training_example(tmp_path: Path) -> None:
     assert "bits per byte" in run("train_on_text.py", "book.txt", "run", *SMALL, cwd=tmp_path)
 
 
+def test_preparing_example(tmp_path: Path) -> None:
+    run("prepare_data.py", cwd=tmp_path)
+
+
+def test_long_document_example(tmp_path: Path) -> None:
+    assert "cosine of the two gradients" in run("long_document.py", cwd=tmp_path)
+
+
 def test_no_example_is_forgotten() -> None:
     text = Path(__file__).read_text()
     assert all(path.name in text for path in EXAMPLES.glob("*.py"))

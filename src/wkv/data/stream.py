@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wkv.data.documents import Document
+from wkv.data.document import Document
+from wkv.data.encoding import encode_document
 from wkv.errors import DataError
 from wkv.tokenizers import Tokenizer
 
@@ -18,11 +19,12 @@ from wkv.tokenizers import Tokenizer
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Tensor:
     """All documents back to back as int32 ids, each followed by `tokenizer.eos_id` (id 0) if there is one.
 
+    Which parts of a conversation count in the loss is not kept; `TokenStore.from_documents` keeps it.
+
     Raises:
         DataError: if there is not a single token.
     """
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    parts = [np.array(tokenizer.encode(document.text) + end, dtype=np.int32) for document in documents]
+    parts = [encode_document(document, tokenizer).ids.astype(np.int32) for document in documents]
     if not sum(len(part) for part in parts):
         raise DataError("there is no text to train on")
     return torch.from_numpy(np.concatenate(parts))

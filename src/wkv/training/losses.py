@@ -60,14 +60,15 @@ def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None,
         raise WkvError(f"next_token_loss needs logits [B, T, V] and int64 targets [B, T], found {found}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
-        _check_mask(mask, targets)
+        check_mask(mask, targets)
+        if not mask.any():
+            raise WkvError("mask leaves no position to compute a loss from")
         mask = mask.reshape(-1, 1)
     loss: Tensor = _NextTokenLoss.apply(logits.flatten(0, 1), targets.reshape(-1, 1), mask, l2wrap)
     return loss
 
 
-def _check_mask(mask: Tensor, targets: Tensor) -> None:
+def check_mask(mask: Tensor, targets: Tensor) -> None:
+    """Raise `WkvError` unless `mask` is bool with the shape of `targets`."""
     if mask.dtype != torch.bool or mask.shape != targets.shape:
         raise WkvError(f"mask must be bool {list(targets.shape)}, found {mask.dtype} {list(mask.shape)}")
-    if not mask.any():
-        raise WkvError("mask leaves no position to compute a loss from")
