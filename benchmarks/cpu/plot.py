@@ -1,6 +1,6 @@
 """Work out a result's tables and picture again from what its rounds measured.
 
-    python benchmarks/cpu/plot.py benchmarks/cpu/results/decode_prefill_0.1b.json
+python benchmarks/cpu/plot.py benchmarks/cpu/results/decode_prefill_0.1b.json
 """
 
 from __future__ import annotations
