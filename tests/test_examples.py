@@ -34,8 +34,13 @@ def test_training_example(tmp_path: Path) -> None:
     assert "bits per byte" in run("train_on_text.py", "book.txt", "run", *SMALL, cwd=tmp_path)
 
 
-def test_preparing_example(tmp_path: Path) -> None:
+def test_continuing_and_preparing_examples(tmp_path: Path) -> None:
     run("prepare_data.py", cwd=tmp_path)
+    (tmp_path / "book.txt").write_text("What is 2 + 2? It is 4. Who wrote Faust? Goethe did. " * 200)
+    run("train_on_text.py", "book.txt", "run", *SMALL, cwd=tmp_path)
+    changes = ["train.steps=4", "train.warmup_steps=1", "train.context_length=64", "train.eval_every=2"]
+    output = run("continue_training.py", "run/model.safetensors", "talks.jsonl", "more", *changes, cwd=tmp_path)
+    assert "4 steps of" in output
 
 
 def test_long_document_example(tmp_path: Path) -> None:

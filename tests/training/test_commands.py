@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
 from wkv.cli import app
-from wkv.data import RandomWindows
+from wkv.data import Batch, UniformWindows
 from wkv.errors import DataError, RecipeError, WkvError
 from wkv.training import read_result
 
@@ -46,15 +45,15 @@ def steps_of(out: Path) -> int:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """Press Ctrl-C while batch number `batches` is being drawn."""
-    original = RandomWindows.next_batch
+    original = UniformWindows.next_batch
     left = iter(range(batches - 1, -1, -1))
 
-    def next_batch(self: RandomWindows) -> torch.Tensor:
+    def next_batch(self: UniformWindows) -> Batch:
         if next(left, None) == 0:
             signal.raise_signal(signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(RandomWindows, "next_batch", next_batch)
+    monkeypatch.setattr(UniformWindows, "next_batch", next_batch)
 
 
 def test_demo_trains_compares_writes_and_can_be_called_again(tmp_path: Path) -> None:
@@ -117,10 +116,29 @@ def test_default_run_folder_is_named_after_the_source(tmp_path: Path, monkeypatc
     assert "runs/letters/model.safetensors" in text(wkv("train", "letters", *SMALL))
 
 
+def test_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "letters")
+    monkeypatch.chdir(tmp_path)
+    output = text(wkv("train", "letters", "--dry-run", *SMALL))
+    for part in ("12 of 32 tokens: 384 tokens", "learning rate x 2, no weight decay", "activations", "s per step"):
+        assert part in output
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+def test_help_and_keys_can_be_read() -> None:
+    output = text(wkv("train", "--help"))
+    for part in ("--dry-run", "--resume", "wkv train book.txt", "KEY=VALUE"):
+        assert part in output
+    output = text(wkv("train", "--keys"))
+    for part in ("recipes: continue, demo", "train.learning_rate", "0.0006", "[0.9, 0.99]", "data.fields.*"):
+        assert part in output
+
+
 def test_errors(tmp_path: Path) -> None:
     assert isinstance(wkv("train", tmp_path / "none.txt", "--out", tmp_path / "run").exception, DataError)
     assert isinstance(wkv("train", "x.txt", "--resume", "--out", tmp_path / "run").exception, RecipeError)
     assert isinstance(wkv("train", "--resume", "--out", tmp_path / "run").exception, RecipeError)
+    assert isinstance(wkv("train", "--resume", "--dry-run", "--out", tmp_path / "run").exception, RecipeError)
     assert isinstance(wkv("train", "--recipe", "none").exception, RecipeError)
     assert not (tmp_path / "run").exists()
 

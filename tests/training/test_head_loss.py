@@ -254,3 +254,23 @@ def test_errors_say_what_was_found() -> None:
     for arguments, options, message in cases:
         with pytest.raises(WkvError, match=message):
             head_loss(*arguments, **options)
+
+
+def test_tokens_that_do_not_exist_have_no_part() -> None:
+    """Whatever the model returned for them, neither the loss nor L2Wrap sees it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(B, T, C, dtype=torch.float64), torch.randn(V, C, dtype=torch.float64)
+    targets, exists = torch.randint(V, (B, T)), some_mask()
+    counts = exists & (torch.rand(B, T) < 0.5)
+    kept = hidden[exists][None].requires_grad_()
+    expected = next_token_loss(kept @ weight.T, targets[exists][None], counts[exists][None], 0.5)
+    (wanted,) = torch.autograd.grad(expected, kept)
+    hidden = hidden.masked_fill(~exists[..., None], 1e30).requires_grad_()
+    found = head_loss(hidden, weight, targets, counts, 0.5, exists=exists)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient[exists], wanted[0], rtol=1e-12, atol=1e-15)
+    assert not gradient[~exists].any()
+    nothing = head_loss(hidden, weight, targets, exists=torch.zeros_like(exists))
+    assert nothing.item() == 0.0
+    assert not torch.autograd.grad(nothing, hidden)[0].any()

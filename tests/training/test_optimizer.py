@@ -28,6 +28,24 @@ def test_rwkv7_groups_are_exactly_the_official_ones() -> None:
     assert len(groups) == 3
 
 
+FAST = {
+    "rwkv4": {"time_decay": 2.0, "time_first": 3.0}, "rwkv5_0": {"time_decay": 2.0, "time_first": 3.0},
+    "rwkv5_1": {"time_decay": 2.0}, "rwkv5": {"time_decay": 2.0}, "rwkv6": {"time_decay": 2.0},
+    "rwkv7": {"w0": 2.0}, "rwkv7a": {"w0": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", wkv.list_models())
+def test_every_model_has_its_fast_parameters_and_decays_matrices_only(name: str) -> None:
+    model = wkv.create_model(name, vocab_size=16, hidden_size=64, num_layers=2)
+    groups = parameter_groups(model, 0.1)
+    fast = {n: g["factor"] for g in groups for n in g["names"] if g["factor"] != 1}
+    assert fast == {f"blocks.{i}.att.{n}": factor for i in (0, 1) for n, factor in FAST[name].items()}
+    decays = {n for g in groups for n in g["names"] if g["weight_decay"]}
+    matrices = {n for n, p in model.named_parameters() if n.endswith(".weight") and p.squeeze().ndim == 2}
+    assert decays == matrices - set(fast)
+
+
 def test_every_parameter_is_in_one_group_and_frozen_ones_in_none() -> None:
     model = tiny_model()
     model.emb.weight.requires_grad_(False)

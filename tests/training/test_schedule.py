@@ -50,6 +50,23 @@ def test_exponential_and_linear_curves_count_steps_after_the_warmup(final: float
         assert schedule.learning_rate(step, budget.progress(step, 0.0, schedule)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_wsd_stays_and_then_falls_on_a_straight_line() -> None:
+    schedule, budget = Schedule(1e-3, 1e-4, 10, "wsd", decay=0.25), Budget(64, steps=110)
+    rates = [schedule.learning_rate(step, budget.progress(step, 0.0, schedule)) for step in range(110)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert set(rates[10:86]) == {1e-3}
+    assert rates[85:] == pytest.approx([1e-3 - 9e-4 * i / 25 for i in range(25)], rel=1e-12)
+    assert schedule.learning_rate(110, 1.0) == pytest.approx(1e-4)
+
+
+def test_a_budget_of_tokens_counts_those_read_and_one_of_steps_does_not() -> None:
+    schedule = Schedule(1e-3, 1e-4)
+    assert Budget(64, tokens=1000).fraction(3, 0.0, tokens=250) == 0.25
+    assert Budget(64, tokens=1000).progress(3, 0.0, schedule, tokens=250) == 0.25
+    assert Budget(64, steps=10).fraction(3, 0.0, tokens=250) == 0.3
+    assert Budget(64, steps=10).progress(3, 0.0, schedule, tokens=250) == 0.3
+
+
 def test_steps_and_the_same_number_of_tokens_are_one_budget() -> None:
     steps, tokens = Budget(512, steps=300), Budget(512, tokens=300 * 512)
     schedule = Schedule(1e-3, 1e-4, 10)
@@ -71,7 +88,9 @@ def test_impossible_budgets(limits: dict[str, float]) -> None:
         Budget(8, **limits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arguments", [(0, 0), (-1, 0), (1e-3, -1), (math.nan, 0), (1, 0, -1), (1, 0, 0, "wsd")])
+@pytest.mark.parametrize(
+    "arguments", [(0, 0), (-1, 0), (1e-3, -1), (math.nan, 0), (1, 0, -1), (1, 0, 0, "step"), (1, 0, 0, "wsd", 0.0)]
+)
 def test_impossible_schedules(arguments: tuple[float, ...]) -> None:
-    with pytest.raises(WkvError, match=r"learning rates must be|a schedule is one of"):
+    with pytest.raises(WkvError, match=r"learning rates must be|a schedule is one of|the decay of a schedule"):
         Schedule(*arguments)  # type: ignore[arg-type]

@@ -75,7 +75,8 @@ def one_pass(model: LanguageModel, state: State | None, inputs: Tensor, targets:
     """Loss, state and gradients of everything at once."""
     counts = flags.pop("loss_mask", torch.ones(B, T, dtype=torch.bool)) & flags.get("mask", torch.tensor(True))
     logits, final = model(inputs, state, **flags)
-    loss = next_token_loss(logits, targets, counts, l2wrap=0.3)
+    there = flags.get("mask", torch.ones(B, T, dtype=torch.bool))  # the other tokens do not exist for L2Wrap either
+    loss = next_token_loss(logits[there][None], targets[there][None], counts[there][None], l2wrap=0.3)
     loss.backward()
     return SegmentResult(loss.detach(), final.detach(), int(counts.sum()))
 
@@ -140,7 +141,8 @@ def detached(model: LanguageModel, state: State | None, segment: int, through: i
         out = model(inputs[:, start : start + segment], state, **part)
         state = out.state
         logits.append(out.logits)
-    loss = next_token_loss(torch.cat(logits, 1), targets, counts, l2wrap=0.3)
+    there = data.get("mask", torch.ones(B, T, dtype=torch.bool))
+    loss = next_token_loss(torch.cat(logits, 1)[there][None], targets[there][None], counts[there][None], l2wrap=0.3)
     loss.backward()
     assert state is not None
     return SegmentResult(loss.detach(), state.detach(), int(counts.sum()))

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import wkv
-from wkv.data import RandomWindows
+from wkv.data import Batch, UniformWindows
 from wkv.errors import CheckpointError, DataError, RecipeError, WkvError
 from wkv.evaluation import bits_per_byte
 from wkv.training import Recipe, Result, parse_recipe, read_result, resume_recipe, train
@@ -30,15 +30,15 @@ def run(recipe: Recipe, out: Path, resume: bool = False) -> Result:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """Press Ctrl-C while batch number `batches` is being drawn."""
-    original, drawn = RandomWindows.next_batch, []
+    original, drawn = UniformWindows.next_batch, []
 
-    def next_batch(self: RandomWindows) -> torch.Tensor:
+    def next_batch(self: UniformWindows) -> Batch:
         drawn.append(None)
         if len(drawn) == batches:
             signal.raise_signal(signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(RandomWindows, "next_batch", next_batch)
+    monkeypatch.setattr(UniformWindows, "next_batch", next_batch)
 
 
 def parameters(path: str | Path) -> dict[str, torch.Tensor]:
@@ -108,9 +108,9 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     def die(*args: Any) -> None:
         raise Killed
 
-    original = RandomWindows.next_batch
+    original = UniformWindows.next_batch
     count = iter(range(100))
-    monkeypatch.setattr(RandomWindows, "next_batch", lambda self: original(self) if next(count) < 8 else die())
+    monkeypatch.setattr(UniformWindows, "next_batch", lambda self: original(self) if next(count) < 8 else die())
     with pytest.raises(Killed):
         run(recipe, tmp_path / "parts")
     monkeypatch.undo()
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(write_corpus(tmp_path / "corpus"))
     run(recipe, tmp_path / "whole")
-    monkeypatch.setattr(RandomWindows, "next_batch", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(UniformWindows, "next_batch", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         run(recipe, tmp_path / "parts")
     monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_in_force(
     before = checkpoint.save_checkpoint
 
     def failing(*args: Any) -> Path:
-        if args[-1].step < 20:
+        if args[1] < 20:
             return before(*args)
         with monkeypatch.context() as patch:
             target = {"model": (wkv, "save_model"), "training": (torch, "save"), "rename": (checkpoint.os, "replace")}
@@ -227,9 +227,9 @@ def test_auto_precision_depends_on_the_processor(monkeypatch: pytest.MonkeyPatch
 
 def test_threads_are_those_of_the_recipe_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = torch.get_num_threads(), set()
-    original = RandomWindows.next_batch
+    original = UniformWindows.next_batch
     monkeypatch.setattr(
-        RandomWindows, "next_batch", lambda self: (seen.add(torch.get_num_threads()), original(self))[1]
+        UniformWindows, "next_batch", lambda self: (seen.add(torch.get_num_threads()), original(self))[1]
     )
     run(tiny_recipe(write_corpus(tmp_path / "corpus"), steps=5, threads=before + 1), tmp_path / "run")
     assert seen == {before + 1}
@@ -276,12 +276,12 @@ def test_bad_text_is_reported_before_anything_is_written(tmp_path: Path) -> None
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wkv.training import loop
+    from wkv.training import objective
 
     calls = iter(range(100))
-    original = loop.next_token_loss
+    original = objective.head_loss
     poison = lambda *args, **options: original(*args, **options) * (float("nan") if next(calls) == 14 else 1.0)  # noqa: E731
-    monkeypatch.setattr(loop, "next_token_loss", poison)
+    monkeypatch.setattr(objective, "head_loss", poison)
     with pytest.raises(WkvError, match=r"diverged at step 14: loss nan.*train\.learning_rate"):
         run(tiny_recipe(write_corpus(tmp_path / "corpus")), tmp_path / "run")
     assert (latest_checkpoint(tmp_path / "run") or Path()).name == "step-00000010"

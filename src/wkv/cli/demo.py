@@ -71,11 +71,13 @@ def _remove(out: Path) -> None:
 
 def _compare(console: Console, recipe: Recipe, result: Result) -> None:
     from wkv.cli.train import say
-    from wkv.data import load_documents, split_held_out
+    from wkv.data import load_documents
+    from wkv.training.source import divide
 
-    documents = load_documents(recipe.data.source)
-    _, held_out = split_held_out(documents, recipe.data.held_out_every, recipe.data.held_out_fraction)
-    text = b"".join(document.text.encode() for document in held_out)
+    _, held_out = divide(load_documents(recipe.data.source, recipe.data.fields.fields()), recipe.data)
+    text = b"".join(part.encode() if isinstance(part, str) else part for part in held_out)
+    if not text:
+        return
     packed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     say(console, f"            {packed:.3f} bits per byte for xz -9e on the same text")
 

@@ -53,8 +53,7 @@ CONTENDERS = (
     Contender("llama.cpp Q4_0, Q4_0 head", LLAMA, "Q4_0 head", 4.5),
     Contender("llama.cpp Q4_K_M", LLAMA, "Q4_K_M", 4.8),
 )
-# As llama.cpp writes them by itself; its Q4_0 with the head in Q4_0 is there to compare heads.
-QUANTIZED_PEERS = tuple(c.name for c in CONTENDERS if c.program == LLAMA and c.bits < 16 and "head" not in c.weights)
+QUANTIZED_PEERS = tuple(c.name for c in CONTENDERS if c.program == LLAMA and c.bits < 16)
 
 # (ours, the other, what is aimed for in decoding, in prefill); None: compared only
 PAIRS: tuple[tuple[str, str, float | None, float | None], ...] = (

@@ -46,6 +46,10 @@ class Display:
             highlight=False,
         )
 
+    def note(self, text: str) -> None:
+        """One line about something unusual."""
+        self.console.print(text, highlight=False, markup=False)
+
     def __enter__(self) -> Display:
         self._progress.start()
         return self

@@ -35,6 +35,7 @@ def head_loss(
     chunk: int | None = None,
     normalizer: float | Tensor | None = None,
     positions: float | None = None,
+    exists: Tensor | None = None,
 ) -> Tensor:
     """`next_token_loss(head(hidden), targets, mask, l2wrap)` without ever holding all logits.
 
@@ -51,6 +52,8 @@ def head_loss(
         normalizer: what the sum of the losses is divided by; None is the number of positions that count. For a part of
             a larger batch give that of the whole batch: the parts then add up to its loss and its gradients.
         positions: what L2Wrap is divided by, in the same way; None is B * T.
+        exists: bool [B, T], the mask the model was given. What it returned for False tokens is unspecified: they are
+            left out as if the batch did not hold them, also from L2Wrap and from B * T.
 
     Returns:
         The loss in nats per token. Where no position counts it is 0, and so is its gradient; but a part of a larger
@@ -63,6 +66,12 @@ def head_loss(
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise WkvError(f"chunk must be a positive integer, found {chunk!r}")
     _check_positive(normalizer=normalizer, positions=positions)
+    if exists is not None:
+        check_mask(exists, targets)
+        hidden, targets = hidden[exists][None], targets[exists][None]
+        mask = None if mask is None else mask[exists][None]
+        if not targets.numel():
+            return wide(hidden).sum()  # 0, and part of the graph
     divisor, scale = _normalizers(targets, mask, normalizer)
     wrap = l2wrap / (positions or targets.numel())
     # A plain linear layer is its weight; the gradients of any other module are left to autograd.

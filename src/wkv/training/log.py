@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from wkv.errors import CheckpointError
 from wkv.training.checkpoint import write_file
 
-COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "bits_per_byte")
+COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "bits_per_byte", "skipped")
+WHOLE = ("step", "tokens", "skipped")
 BLUE, ORANGE = "#1f4e8c", "#d1622b"
 Row = dict[str, float]
 
@@ -19,7 +22,8 @@ Row = dict[str, float]
 class RunLog:
     """log.csv: one row per training step, and one per evaluation (`bits_per_byte` filled, `loss` empty).
 
-    `step` counts finished steps, `seconds` the time spent in them. Use as a context manager.
+    `step` counts finished steps, `seconds` the time spent in them, `tokens` what they read. `skipped` is 1 for a step
+    that left the model as it was. Use as a context manager.
 
     Args:
         path: the file.
@@ -29,16 +33,19 @@ class RunLog:
     def __init__(self, path: Path, last_step: int = 0) -> None:
         kept = [row for row in read_log(path) if row["step"] <= last_step] if path.exists() and last_step else []
         write_file(path, lambda temporary: _write_rows(temporary, kept))
+        self._path = path
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
     def add(self, **values: float) -> None:
         """Append a row; columns that are not given stay empty."""
-        self._writer.writerow(_formatted(values))
+        with self._errors():
+            self._writer.writerow(_formatted(values))
 
     def flush(self) -> None:
         """Bring all rows to the file."""
-        self._file.flush()
+        with self._errors():
+            self._file.flush()
 
     def __enter__(self) -> RunLog:
         return self
@@ -46,7 +53,19 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if error is None:
+            with self._errors():
+                self._file.close()
+        else:  # a full disk must not hide what went wrong first
+            with suppress(OSError):
+                self._file.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
 
 def read_log(path: Path) -> list[Row]:
@@ -65,7 +84,7 @@ def draw_loss_curve(log: Path, image: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_log(log)
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if "loss" in row and "skipped" not in row]
     evaluations = [row for row in rows if "bits_per_byte" in row]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     left = figure.add_subplot()
@@ -110,4 +129,4 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def _formatted(row: Row) -> dict[str, Any]:
     """Whole numbers as such, the rest with the nine digits that a float32 needs to be read back exactly."""
-    return {key: int(value) if key in ("step", "tokens") else f"{value:.9g}" for key, value in row.items()}
+    return {key: int(value) if key in WHOLE else f"{value:.9g}" for key, value in row.items()}

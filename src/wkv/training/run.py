@@ -5,25 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wkv.data import Document, RandomWindows, load_documents, split_held_out, tokenize
 from wkv.errors import RecipeError, WkvError
 from wkv.evaluation import bits_per_byte
-from wkv.layers.language_model import LanguageModel
-from wkv.training.checkpoint import MODEL, latest_checkpoint, write_file
+from wkv.training.checkpoint import MODEL, clear_rubbish, is_rubbish, latest_checkpoint, write_file
+from wkv.training.corpus_cache import cached_corpus
 from wkv.training.display import Display
-from wkv.training.loop import Trainer
-from wkv.training.recipe import BUDGETS, DataRecipe, Recipe, load_recipe
+from wkv.training.loop import Trainer, create_accelerator
+from wkv.training.recipe import BUDGETS, Recipe, load_recipe
+from wkv.training.source import ChooseTokenizer, Corpus, create_sampler, load_corpus
+from wkv.training.start import choose_tokenizer, complete_model, given_model
+from wkv.training.trackers import check_trackers, start_trackers
 
-# What may change when a run is resumed: how long it goes on, how often it reports and saves, and on how many threads.
-RESUMABLE = tuple(f"train.{key}" for key in (*BUDGETS, "eval_every", "eval_bytes", "checkpoint_every", "threads"))
+# What may change when a run is resumed: how long it goes on, what it reports, saves and puts up with, and on how many
+# threads.
+RESUMABLE = tuple(
+    f"train.{key}"
+    for key in (
+        *BUDGETS, "eval_every", "eval_bytes", "stop_after", "checkpoint_every", "keep_last", "keep_best", "guard",
+        "spike", "trackers", "threads",
+    )
+)  # fmt: skip
 
 
 @dataclass
@@ -35,9 +45,11 @@ class Result:
         model: path of the newest checkpoint's model.
         finished: False if the run was interrupted; `train(..., resume=True)` goes on.
         steps, tokens, seconds: how far it got; `seconds` are those spent in training steps.
-        bits_per_byte: on the complete held-out text of `held_out_bytes`, None if the run was interrupted.
+        bits_per_byte: on the complete held-out text of `held_out_bytes`, None if the run was interrupted or nothing
+            is held out.
         parameters: size of the model.
         precision: "fp32" or "bf16", of the matrix products in training; the score is measured in float32.
+        stopped_early: whether evaluations no longer improved (`train.stop_after`).
     """
 
     out: str
@@ -50,6 +62,7 @@ class Result:
     held_out_bytes: int
     parameters: int
     precision: str
+    stopped_early: bool = False
 
 
 def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False, console: Any = None) -> Result:
@@ -68,26 +81,27 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False, c
         WkvError: if the folder holds another run, the data cannot be used, or training diverges.
     """
     folder = _check_folder(recipe, out, resume)
-    console = console or _console()
-    train_documents, held_out = split_held_out(
-        load_documents(recipe.data.source), recipe.data.held_out_every, recipe.data.held_out_fraction
-    )
-    with _threads(recipe.train.threads):
-        trainer = _prepare(recipe, folder, train_documents, held_out, console)
+    console = console or rich_console()
+    with cpu_threads(recipe.train.threads):
+        trainer, corpus = prepare(recipe, folder, console)
+        _claim_folder(folder, recipe, corpus.tokenizer)
+        _announce(console, trainer, corpus)
+        start_trackers(trainer.accelerator, folder, recipe.to_dict())
         with Display(console) as display:
             finished = trainer.run(display)
+        trainer.accelerator.end_training()
         score = None
-        if finished:
-            with console.status("measuring bits per byte on the held-out text"):
-                score = bits_per_byte(trainer.plain_model, [document.text for document in held_out])
-    result = _result(trainer, score, sum(document.num_bytes for document in held_out))
+        if finished and corpus.held_out:
+            with console.status("measuring bits per byte on the held-out text"), trainer.averaged():
+                score = bits_per_byte(trainer.plain_model, corpus.held_out)
+    result = _result(trainer, finished, score, corpus.held_out_bytes)
     if finished:
         write_file(folder / "result.json", lambda path: _write_json(path, dataclasses.asdict(result)))
     return result
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
     """Compute on `count` threads inside the block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -97,36 +111,54 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prepare(
-    recipe: Recipe, folder: Path, documents: Sequence[Document], held_out: Sequence[Document], console: Any
-) -> Trainer:
-    """Everything up to the first step; the folder is not touched before all of it has worked."""
-    with console.status("reading the training text"):
-        tokenizer = prepare_tokenizer(recipe.data, documents, folder)
-        tokens = tokenize(documents, tokenizer)
+ReadCorpus = Callable[[Recipe, ChooseTokenizer, Any], Corpus]
+
+
+def prepare(recipe: Recipe, folder: Path, console: Any, read: ReadCorpus | None = None) -> tuple[Trainer, Corpus]:
+    """Everything up to the first step; the run folder is not touched.
+
+    Args:
+        recipe, folder, console: see `train`.
+        read: gets the corpus; `read_corpus` by default.
+    """
     plan = recipe.train
-    sampler = RandomWindows(tokens, plan.context_length, plan.batch_size, plan.seed)
+    check_trackers(plan.trackers)
     checkpoint = latest_checkpoint(folder)
-    model = _build_model(recipe, tokenizer, checkpoint)
-    trainer = Trainer(plan, model, sampler, folder, [document.text for document in held_out], checkpoint)
-    _claim_folder(folder, recipe, tokenizer)
-    _announce(console, trainer, tokens.numel(), documents, held_out)
-    return trainer
+    model = given_model(recipe, checkpoint)
+    corpus = (read or read_corpus)(recipe, partial(choose_tokenizer, recipe, folder, model), console)
+    accelerator = create_accelerator(plan, folder)
+    share = accelerator.process_index, accelerator.num_processes
+    sampler = create_sampler(corpus.store, recipe.data, plan, *share)
+    model = complete_model(recipe, model, corpus.tokenizer)
+    return Trainer(plan, model, sampler, folder, corpus.held_out, checkpoint, accelerator), corpus
 
 
-def _result(trainer: Trainer, score: float | None, held_out_bytes: int) -> Result:
+def read_corpus(recipe: Recipe, choose: ChooseTokenizer, console: Any) -> Corpus:
+    """The tokens and held-out texts of a run; `choose` gives the tokenizer."""
+    with console.status("reading the training text") as status:
+        if recipe.data.cache is None:
+            return load_corpus(recipe.data, choose)
+
+        def progress(documents: int, tokens: int) -> None:
+            status.update(f"tokenising: {documents:,} documents, {tokens:,} tokens")
+
+        return cached_corpus(recipe.data, choose, progress)
+
+
+def _result(trainer: Trainer, finished: bool, score: float | None, held_out_bytes: int) -> Result:
     position = trainer.position
     return Result(
         out=str(trainer.run_folder),
         model=str(trainer.run_folder / MODEL),
-        finished=score is not None,
+        finished=finished,
         steps=position.step,
-        tokens=position.step * trainer.budget.tokens_per_step,
+        tokens=position.tokens,
         seconds=position.seconds,
         bits_per_byte=score,
         held_out_bytes=held_out_bytes,
         parameters=trainer.plain_model.num_parameters,
         precision=trainer.precision,
+        stopped_early=trainer.stopped_early and trainer.fraction < 1,
     )
 
 
@@ -158,19 +190,6 @@ def read_result(out: str | Path) -> Result | None:
         raise WkvError(f"{path}: not the result of a run ({error}); delete it and resume the run") from error
 
 
-def prepare_tokenizer(recipe: DataRecipe, documents: Sequence[Document], folder: Path) -> Any:
-    """The tokenizer a recipe asks for; "bpe" is that of the run in `folder`, or trained on `documents`."""
-    from wkv import tokenizers
-
-    if recipe.tokenizer != "bpe":
-        return tokenizers.load(recipe.tokenizer)
-    kept = folder / "tokenizer.json"
-    if kept.is_file():
-        return tokenizers.load(kept)
-    assert recipe.vocab_size is not None
-    return tokenizers.BPETokenizer.train((document.text for document in documents), recipe.vocab_size)
-
-
 def _check_folder(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
     """The run folder; refuse one that is in use. Nothing is written yet."""
     if out is None and recipe.out is None:
@@ -180,54 +199,36 @@ def _check_folder(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
         raise WkvError(f"{folder} is a file; choose another run folder")
     if resume and not (folder / "recipe.yaml").is_file():
         raise WkvError(f"{folder} holds no run to resume (there is no recipe.yaml in it)")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    if not resume and folder.is_dir() and not all(map(is_rubbish, folder.iterdir())):
         command = f"wkv train --out {shlex.quote(str(folder))} --resume"
         raise WkvError(f"{folder} is not empty. Go on with the run in it: {command}. Or choose another --out")
     return folder
 
 
 def _claim_folder(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
-    """Store what makes it the folder of this run: a trained vocabulary, then the recipe. It has no result yet."""
+    """Store what makes it the folder of this run: the recipe, and a trained vocabulary. It has no result yet."""
     (folder / "result.json").unlink(missing_ok=True)
+    clear_rubbish(folder)
+    write_file(folder / "recipe.yaml", lambda path: _write_yaml(path, {**recipe.to_dict(), "out": str(folder)}))
     if recipe.data.tokenizer == "bpe" and not (folder / "tokenizer.json").is_file():
         write_file(folder / "tokenizer.json", tokenizer.save)
-    write_file(folder / "recipe.yaml", lambda path: _write_yaml(path, {**recipe.to_dict(), "out": str(folder)}))
 
 
-def _build_model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> LanguageModel:
-    """A new model with a seed, or that of the checkpoint."""
-    from wkv import create_model, load_model
-
-    if checkpoint is not None:
-        return load_model(checkpoint / MODEL)
-    sizes = dict(recipe.model.sizes)
-    if recipe.model.preset is None:
-        sizes.setdefault("vocab_size", tokenizer.vocab_size)
-    torch.manual_seed(recipe.train.seed)
-    model = create_model(recipe.model.name, recipe.model.preset, **sizes)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        found = f"{model.config.vocab_size}, the tokenizer has {tokenizer.vocab_size} entries"
-        raise RecipeError(f"model.vocab_size is {found}; leave model.vocab_size out")
-    model.tokenizer = tokenizer
-    return model
-
-
-def _announce(
-    console: Any, trainer: Trainer, num_tokens: int, documents: Sequence[Document], held_out: Sequence[Document]
-) -> None:
-    model, step = trainer.plain_model, trainer.position.step
-    size = sum(document.num_bytes for document in documents)
-    spared = sum(document.num_bytes for document in held_out)
+def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
+    model, store, step = trainer.plain_model, corpus.store, trainer.position.step
     shape = f"{model.config.num_layers} layers x {model.config.hidden_size}, {model.num_parameters:,} parameters"
+    size = f"{len(store):,} documents" if corpus.num_bytes is None else f"{corpus.num_bytes:,} bytes"
+    held_out = f"{corpus.held_out_bytes:,} bytes" if corpus.held_out else "nothing"
     lines = (
         f"model       {model.name}, {shape}, {trainer.precision} on {trainer.accelerator.device.type}",
-        f"text        {size:,} bytes in {num_tokens:,} tokens; held out: {spared:,} bytes",
+        f"text        {size} in {store.num_tokens:,} tokens; held out: {held_out}",
     )
     for line in (*lines, f"going on after step {step:,}") if step else lines:
         console.print(line, highlight=False)
 
 
-def _console() -> Any:
+def rich_console() -> Any:
+    """Standard output."""
     from rich.console import Console
 
     return Console()

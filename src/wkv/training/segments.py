@@ -58,14 +58,16 @@ def segmented_backward(
     mask: Values | None = None,
     l2wrap: float = 1e-4,
     backward: Backward | None = None,
+    normalizer: float | None = None,
+    positions: float | None = None,
     reference_weighting: bool = False,
 ) -> SegmentResult:
     """Add the gradients of the mean loss of long sequences to `.grad`, with the memory of one segment.
 
-    Loss and state are those of `next_token_loss(model(inputs, state, mask, reset).logits, targets, loss_mask, l2wrap)`,
-    and in mode "exact" so are the gradients. Inputs and targets stay where they are, such as in a mapped file, until
-    their segment's turn. Autocast goes around the call. Where a segment is run twice, both runs draw the same random
-    numbers.
+    Loss and state are those of `next_token_loss(model(inputs, state, mask, reset).logits, targets, loss_mask, l2wrap)`
+    over the tokens that exist, and in mode "exact" so are the gradients. Inputs and targets stay where they are, such
+    as in a mapped file, until their segment's turn. Autocast goes around the call. Where a segment is run twice, both
+    runs draw the same random numbers.
 
     Args:
         model: its gradients are added to; call `zero_grad` before.
@@ -81,6 +83,8 @@ def segmented_backward(
         mask: bool [B, T]; a False token does not exist.
         l2wrap: strength of the L2Wrap gradient, see `next_token_loss`.
         backward: called with a loss in place of `loss.backward()`, such as `accelerator.backward`; it may scale.
+        normalizer, positions: of a larger batch of which this is a part, see `head_loss`; the parts add up to its loss
+            and its gradients.
         reference_weighting: weight the mean losses of segments by their lengths, as RWKV-PEFT's infctx does, whatever
             number of their targets counts. Only for comparisons with it.
 
@@ -90,21 +94,26 @@ def segmented_backward(
     Raises:
         WkvError: if shapes, types or options do not fit, or if nothing can learn.
     """
-    check_positive(segment=segment, through=through)
-    if mode not in MODES:
-        raise WkvError(f"mode {mode!r} is unknown; one of {', '.join(MODES)}")
-    if mode == "exact" and through != 1:
-        raise WkvError(f"through={through} limits gradients and belongs to mode 'truncated', found mode 'exact'")
+    _check_options(segment, mode, through)
     sequences = Sequences(inputs, targets, loss_mask, mask, reset, model.ln_out.weight.device)
     state = model.init_state(sequences.batch) if state is None else state
     check_learns(model, state)
-    run = Run(model, l2wrap, sequences.count(), sequences.batch * sequences.length, reference_weighting)
+    tokens = sequences.count()
+    run = Run(model, l2wrap, normalizer or tokens, positions or sequences.count_tokens(), reference_weighting)
     spans, backward = sequences.spans(segment), backward or Tensor.backward
     if mode == "exact":
         loss, state = _exact(run, sequences, spans, state, backward)
     else:
         loss, state = _truncated(run, sequences, spans, state, backward, through)
-    return SegmentResult(loss, state, run.tokens)
+    return SegmentResult(loss, state, tokens)
+
+
+def _check_options(segment: int, mode: str, through: int) -> None:
+    check_positive(segment=segment, through=through)
+    if mode not in MODES:
+        raise WkvError(f"mode {mode!r} is unknown; one of {', '.join(MODES)}")
+    if mode == "exact" and through != 1:
+        raise WkvError(f"through={through} limits gradients and belongs to mode 'truncated', found mode 'exact'")
 
 
 def context_length_at(step: int, start: int, final: int, steps: int, multiple: int = 16) -> int:
@@ -255,6 +264,12 @@ class Sequences:
         parts = [(span, self._counts(span, cpu)) for span in self.spans(COUNTED_AT_ONCE)]
         return sum(self.batch * (s.stop - s.start) if part is None else int(part.sum()) for s, part in parts)
 
+    def count_tokens(self) -> int:
+        """Number of tokens that exist."""
+        if self.mask is None:
+            return self.batch * self.length
+        return sum(int(_cut(self.mask, s, torch.device("cpu"), torch.bool).sum()) for s in self.spans(COUNTED_AT_ONCE))
+
     def _counts(self, span: slice, device: torch.device) -> Tensor | None:
         flags = [_cut(x, span, device, torch.bool) for x in (self.loss_mask, self.mask) if x is not None]
         return None if not flags else torch.stack(flags).all(0)
@@ -267,22 +282,24 @@ class Run:
     Args:
         model, l2wrap: see `segmented_backward`.
         tokens: targets that count, in all pieces.
-        positions: B * T, of all pieces.
+        positions: tokens that exist, in all pieces.
         by_length: `reference_weighting`.
     """
 
     model: LanguageModel
     l2wrap: float
-    tokens: int
-    positions: int
+    tokens: float
+    positions: float
     by_length: bool = False
 
     def __call__(self, piece: Piece, state: State) -> tuple[Tensor, State]:
         """The share of a piece in the loss, and the state after it."""
         hidden, state = self.features(piece, state)
         l2wrap, normalizer = self.l2wrap if self.tokens else 0.0, self._normalizer(piece)
-        head, counts = self.model.head, piece.counts
-        loss = head_loss(hidden, head, piece.targets, counts, l2wrap, normalizer=normalizer, positions=self.positions)
+        loss = head_loss(
+            hidden, self.model.head, piece.targets, piece.counts, l2wrap,
+            normalizer=normalizer, positions=max(self.positions, 1), exists=piece.mask,
+        )  # fmt: skip
         return loss, state
 
     def features(self, piece: Piece, state: State) -> tuple[Tensor, State]:

@@ -83,7 +83,7 @@ def sequence_parallel_backward(
         start = model.init_state(sequences.batch) if state is None or line.rank else state
         check_compatible(start, model.init_state(1, device="meta"), line.device, sequences.batch)
         check_learns(model, leaf_state(start) if line.rank else start)
-        numbers = (sequences.count(), sequences.batch * sequences.length, sequences.batch, row_groups)
+        numbers = (sequences.count(), sequences.count_tokens(), sequences.batch, row_groups)
     except WkvError as error:
         problem = error
     tokens, positions = line.agree(numbers, problem)
@@ -171,7 +171,7 @@ class _Line:
         self.under_way: list[tuple[dist.Work | None, Tensor]] = []
 
     def agree(self, numbers: tuple[int, ...], problem: WkvError | None) -> tuple[int, int]:
-        """Sums of the first two `numbers` (targets, positions); all processes must have the others in common.
+        """Sums of the first two `numbers` (targets, tokens); all processes must have the others in common.
 
         Raises:
             WkvError: on every process, if one has a problem or other numbers (rows, groups of rows).
