@@ -26,6 +26,7 @@ import torch
 import torch._dynamo
 from rich.console import Console
 
+import wkv.checkpoints  # noqa: F401
 from wkv.training import checkpoint, load_recipe, loop, run, train
 
 # Moments within a run; some of them come about many times, and one of those is chosen.

@@ -45,6 +45,9 @@ def train(
 
     [bold]wkv train chats.jsonl --recipe continue train.start_from=model.safetensors[/]
                                             continue training a checkpoint
+
+    [bold]accelerate launch --config_file recipes/accelerate/ddp.yaml -m wkv.cli train --recipe FILE[/]
+                                            several GPUs or machines: see docs/many_devices.md
     """
     from wkv.errors import RecipeError
 
@@ -91,11 +94,9 @@ def _quoted(source: str) -> str:
 
 def run(recipe: Recipe, folder: Path, resume: bool) -> Result:
     """Train, then say what came out and what to do next; an interrupted run ends the command with status 130."""
-    from rich.console import Console
-
     from wkv.training import train as train_model
 
-    console = Console(soft_wrap=True)
+    console = main_console()
     result = train_model(recipe, folder, resume, console)
     if not result.finished:
         say(console, f"stopped after step {result.steps:,}; everything is saved. Go on with")
@@ -122,12 +123,10 @@ def report(console: Console, result: Result) -> None:
 
 def show_estimate(recipe: Recipe) -> None:
     """What a run would take."""
-    from rich.console import Console
-
     from wkv.training import estimate
     from wkv.training.display import duration
 
-    console = Console(soft_wrap=True)
+    console = main_console()
     found = estimate(recipe, console)
     say(console, f"model       {found.model}, {found.parameters:,} parameters")
     for group in found.groups:
@@ -143,6 +142,15 @@ def show_estimate(recipe: Recipe) -> None:
     say(console, f"steps       {found.steps:,} of {found.tokens_per_step:,} tokens: {found.tokens:,} tokens")
     speed = f"{found.step_seconds:.3g} s per step, {found.tokens_per_step / found.step_seconds:,.0f} tokens/s"
     say(console, f"time        {duration(found.seconds)} ({speed}), without evaluations")
+
+
+def main_console() -> Console:
+    """Standard output; of several processes only the main one prints."""
+    from rich.console import Console
+
+    from wkv.training.distributed import launched_rank
+
+    return Console(soft_wrap=True, quiet=launched_rank() > 0)
 
 
 def _size(num_bytes: int) -> str:

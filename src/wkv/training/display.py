@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from wkv.training.checkpoint import Position
 
@@ -58,6 +60,23 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+@contextmanager
+def reading(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar while a corpus is tokenised; the block gets what `wkv.data.build_cache` calls with documents and tokens.
+
+    How much there is to come is not known: a stream tells at its end.
+    """
+    columns = TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn()
+    hidden = not console.is_interactive  # a bar that nobody sees would leave an empty line
+    with Progress(*columns, console=console, refresh_per_second=4, transient=True, disable=hidden) as bar:
+        task = bar.add_task("tokenising", total=None, status="reading the training text")
+
+        def progress(documents: int, tokens: int) -> None:
+            bar.update(task, status=f"{documents:,} documents, {tokens:,} tokens")
+
+        yield progress
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from wkv.training.corpus_cache import is_built
 from wkv.training.loop import Trainer
 from wkv.training.recipe import Recipe
 from wkv.training.run import cpu_threads, prepare, read_corpus, rich_console
+from wkv.training.sharding import local
 from wkv.training.source import ChooseTokenizer, Corpus, sample_corpus
 
 SAMPLE = 2_000_000  # characters read of a corpus that has no cache yet
@@ -32,7 +33,7 @@ class Group:
 
 @dataclass
 class Estimate:
-    """What `estimate` finds; memory in bytes.
+    """What `estimate` finds; memory in bytes, of this process.
 
     Args:
         model: registered name.
@@ -88,6 +89,7 @@ def estimate(recipe: Recipe, console: Any = None) -> Estimate:
         trainer.step()
         before = trainer.position.seconds
         trainer.step()
+    trainer.team.leave()
     return _estimate(recipe, trainer, corpus, activations, trainer.position.seconds - before)
 
 
@@ -137,12 +139,12 @@ def _steps(trainer: Trainer, step_seconds: float) -> int:
 
 
 def _num_bytes(tensors: Iterable[Any]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+    return sum(local(x).numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
 def _count_activations(trainer: Trainer) -> int:
     """Bytes that a step's forward passes keep, of its largest batch, without the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in trainer.plain_model.parameters()}
+    own = {local(parameter).untyped_storage().data_ptr() for parameter in trainer.plain_model.parameters()}
     kept: dict[int, int] = {}
     largest = 0
 

@@ -68,6 +68,22 @@ class RunLog:
             raise CheckpointError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
 
+class SilentLog:
+    """In place of a `RunLog` on processes that write none."""
+
+    def add(self, **values: float) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_log(path: Path) -> list[Row]:
     """The rows of a log.csv; empty columns are missing keys, and a last line that was cut off is left out."""
     rows = []

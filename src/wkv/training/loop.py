@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from wkv.data import Batch, Sampler, StreamingDocuments
-from wkv.errors import WkvError
+from wkv.errors import CheckpointError, WkvError
 from wkv.evaluation import bits_per_byte
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State
@@ -32,6 +33,7 @@ from wkv.training.checkpoint import (
     MODEL,
     TRAINING,
     Position,
+    Writer,
     load_training,
     pack_state,
     save_checkpoint,
@@ -39,13 +41,15 @@ from wkv.training.checkpoint import (
     write_training,
 )
 from wkv.training.display import Display
+from wkv.training.distributed import Team, create_team, resolve_precision
 from wkv.training.ema import Ema
 from wkv.training.guard import Best, Guard
-from wkv.training.log import RunLog, draw_loss_curve
-from wkv.training.objective import GradientStep, Objective, count_tokens, with_shorter_context
+from wkv.training.log import RunLog, SilentLog, draw_loss_curve
+from wkv.training.objective import GradientStep, Objective, sums_gradients, unused_parameters, with_shorter_context
 from wkv.training.optimizer import create_optimizer, set_learning_rate
 from wkv.training.sections import TrainRecipe
 from wkv.training.segments import context_length_at, random_state, set_random_state
+from wkv.training.sharding import load_optimizer_state, settle, shard, whole, whole_model, whole_optimizer_state
 
 
 @dataclass
@@ -76,11 +80,12 @@ class Trainer:
     Args:
         recipe: how to train.
         model: trained in place; on the device that accelerate chooses.
-        sampler: where batches come from; with `StreamingDocuments` the state is carried from batch to batch.
+        sampler: where this process's batches come from; with `StreamingDocuments` the state is carried from batch to
+            batch.
         run: the run folder; it must exist when the run is started or saved.
         held_out: texts for evaluations; empty: there are none.
         checkpoint: a checkpoint of this run to go on from.
-        accelerator: from `create_accelerator`.
+        team: the processes of the run, from `create_team`.
     """
 
     def __init__(
@@ -91,28 +96,33 @@ class Trainer:
         run: Path,
         held_out: Sequence[str | bytes] = (),
         checkpoint: Path | None = None,
-        accelerator: Any = None,
+        team: Team | None = None,
     ) -> None:
         self.recipe, self.sampler, self.run_folder = recipe, sampler, run
         self.held_out = clip_texts(held_out, recipe.eval_bytes)
-        self.accelerator = accelerator or create_accelerator(recipe, run)
+        self.team = team or create_team(recipe, run)
+        self.accelerator = self.team.accelerator
         self.precision = resolve_precision(recipe.precision)
-        self.budget, self.schedule = recipe.budget(self.accelerator.num_processes), recipe.curve()
+        self.budget, self.schedule = recipe.budget(), recipe.curve()
         self.position, self.best, self.guard = Position(), Best(), Guard(recipe.guard, recipe.spike)
+        self.stop_signal, self._stop_agreed, self._unpaid = threading.Event(), False, 0.0
         model.gradient_checkpointing = recipe.gradient_checkpointing
         self.plain_model = model.to(self.accelerator.device)
+        if self.team.sharded:
+            shard(model, self.team.sharding)
         beta1, beta2 = recipe.betas
         optimizer = create_optimizer(model, recipe.learning_rate, recipe.weight_decay, (beta1, beta2), recipe.eps)
         self.plain_optimizer = optimizer
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.ema = None if recipe.ema is None else Ema(model, recipe.ema)
         carries = isinstance(sampler, StreamingDocuments)
-        self.carried: State | None = model.init_state(recipe.batch_size) if carries else None
+        rows = self.team.rows(recipe.batch_size)
+        self.carried: State | None = model.init_state(rows) if carries else None
         if checkpoint is not None:
             self._restore(checkpoint)
         plain = Objective(model, recipe.l2wrap, recipe.head_chunk)
-        objective, self.optimizer = self.accelerator.prepare(plain, optimizer)
-        self.gradients = GradientStep(recipe, objective, plain, self.accelerator)
+        objective, self.optimizer = self._prepare(plain, optimizer)
+        self.gradients = GradientStep(recipe, objective, plain, self.accelerator, self.team)
 
     @property
     def fraction(self) -> float:
@@ -129,11 +139,16 @@ class Trainer:
         """Whether the run is finished."""
         return self.fraction >= 1 or self.stopped_early
 
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C or SIGTERM ends the run here; several processes have agreed on it in their last step."""
+        return self.stop_signal.is_set() if self.team.alone else self._stop_agreed
+
     def run(self, display: Display) -> bool:
         """Train until the run is done (True), or until Ctrl-C or SIGTERM (False); either way saves at the end."""
         recipe, position = self.recipe, self.position
-        with RunLog(self.run_folder / "log.csv", position.step) as log, _stop_signals() as stopped:
-            while not self.done and not stopped.is_set():
+        with self.team.everyone(self._open_log) as log, _stop_signals(self.stop_signal):
+            while not self.done and not self.stopping:
                 result = self.step()
                 self.report(log, display, result)
                 due = self.held_out and (position.step % recipe.eval_every == 0 or self.fraction >= 1)
@@ -142,7 +157,7 @@ class Trainer:
                     log.flush()
                     self.save()
         self.save()
-        draw_loss_curve(self.run_folder / "log.csv", self.run_folder / "loss.png")
+        self.team.main_alone(lambda: draw_loss_curve(self.run_folder / "log.csv", self.run_folder / "loss.png"))
         return self.done
 
     def step(self) -> StepResult:
@@ -158,9 +173,15 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         batches = [self._draw() for _ in range(self.recipe.accumulate)]
         self.optimizer.zero_grad()
-        loss, state, targets = self.gradients(batches, self.carried)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
+        loss, state, targets, tokens = self.gradients(batches, self.carried)
+        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)))
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # one wait for the device
+        measured = time.perf_counter()
+        seconds = position.seconds + self._unpaid + measured - started
+        (loss_value, stops), (norm_value, seconds) = self.team.agree(
+            (loss_value, self.stop_signal.is_set()), (norm_value, seconds)
+        )
+        self._stop_agreed = stops > 0
         result = StepResult(loss_value, learning_rate, norm_value, self._problem(loss_value, norm_value, targets))
         if result.problem is None or not targets:
             self.carried = state
@@ -169,36 +190,71 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update()
         position.step += 1
-        position.tokens += self.accelerator.num_processes * sum(count_tokens(batch) for batch in batches)
-        position.seconds += time.perf_counter() - started
+        position.tokens += tokens
+        position.seconds, self._unpaid = seconds, time.perf_counter() - measured
+        if self.team.alone:  # several processes agree on the rest in their next step
+            position.seconds, self._unpaid = position.seconds + self._unpaid, 0.0
         return result
 
     def evaluate(self) -> float:
         """Bits per byte of the held-out text, of the averaged parameters if there are any."""
         with self.averaged(), self.accelerator.autocast():
-            return bits_per_byte(self.plain_model, self.held_out)
+            return self.team.score(partial(bits_per_byte, self.plain_model), self.held_out)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the model has its averaged parameters, if there are any."""
         with nullcontext() if self.ema is None else self.ema.applied():
-            yield
+            try:
+                yield
+            finally:
+                if self.team.sharded:
+                    settle(self.plain_model)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
-        files = {MODEL: self._save_model, TRAINING: write_training(self._training_state())}
-        if self.ema is not None:
-            files[EMA] = self._save_average
+        """Write a checkpoint of this moment; the main process does."""
+        files = self._files()
         best_step = self.best.step if self.recipe.keep_best and self.best.step else None
-        return save_checkpoint(self.run_folder, self.position.step, files, self.recipe.keep_last, best_step)
+        state = self.run_folder, self.position.step, files, self.recipe.keep_last, best_step
+        return self.team.main_alone(lambda: save_checkpoint(*state))
+
+    def _files(self) -> dict[str, Writer]:
+        """What writes each file of a checkpoint; processes have brought their parts together before that."""
+        model, average = self._save_model, self._save_average
+        if self.team.sharded:
+            model = partial(_save, whole_model(self.plain_model))
+        files = {MODEL: model, TRAINING: write_training(self._training_state())}
+        if self.ema is None:
+            return files
+        if self.team.sharded:
+            with self.averaged():
+                average = partial(_save, whole_model(self.plain_model))
+        return {**files, EMA: average}
+
+    def _prepare(self, plain: Objective, optimizer: torch.optim.Optimizer) -> Any:
+        """The objective and the optimizer as accelerate wants them."""
+        if sums_gradients(self.recipe, self.team):
+            self.team.spread(plain)
+            return plain, self.accelerator.prepare_optimizer(optimizer)
+        if self.team.sharded:
+            return plain, self.accelerator.prepare_optimizer(optimizer)
+        if not self.team.alone:  # DDP would wait for gradients that never come
+            plain.__dict__["_ddp_params_and_buffers_to_ignore"] = unused_parameters(plain)
+        prepared = self.accelerator.prepare(plain, optimizer)
+        if self.team.deepspeed and self.carried is not None:  # the model may have another type now
+            self.carried = self.carried.to(dtype=plain.model.ln_out.weight.dtype)
+        return prepared
+
+    def _open_log(self) -> RunLog | SilentLog:
+        return RunLog(self.run_folder / "log.csv", self.position.step) if self.team.main else SilentLog()
 
     def _draw(self) -> Batch:
         batch = self.sampler.next_batch().to(self.accelerator.device)
         recipe = self.recipe
-        if recipe.context_start is None:
-            return batch
-        growth = recipe.context_start, recipe.context_length, recipe.context_warmup_steps
-        return with_shorter_context(batch, context_length_at(self.position.step, *growth))
+        if recipe.context_start is not None:
+            growth = recipe.context_start, recipe.context_length, recipe.context_warmup_steps
+            batch = with_shorter_context(batch, context_length_at(self.position.step, *growth))
+        return self.team.columns(batch)
 
     def _problem(self, loss: float, norm: float, targets: int) -> str | None:
         """Why a step must not change the model."""
@@ -212,7 +268,7 @@ class Trainer:
             raise WkvError(f"{found}. The last checkpoint is intact; {hint}")
         return problem
 
-    def report(self, log: RunLog, display: Display, result: StepResult) -> None:
+    def report(self, log: RunLog | SilentLog, display: Display, result: StepResult) -> None:
         """Log and show a step."""
         position = self.position
         log.add(**vars(position), **result.row())
@@ -221,7 +277,7 @@ class Trainer:
         if result.problem is not None:
             display.note(f"step {position.step:,} skipped: {result.problem}")
 
-    def _evaluate(self, log: RunLog, display: Display, loss: float) -> bool:
+    def _evaluate(self, log: RunLog | SilentLog, display: Display, loss: float) -> bool:
         """Score the held-out text; True if it was never better."""
         position, score = self.position, self.evaluate()
         log.add(**vars(position), bits_per_byte=score)
@@ -232,23 +288,28 @@ class Trainer:
 
     def _training_state(self) -> dict[str, Any]:
         return {
-            "optimizer": self.plain_optimizer.state_dict(),
+            "optimizer": None if self.team.deepspeed else whole_optimizer_state(self.plain_optimizer),
             "sampler": self.sampler.state_dict(),
             "position": vars(self.position).copy(),
             "best": self.best.state_dict(),
             "guard": self.guard.state_dict(),
             "ema_steps": self.ema.steps if self.ema is not None else 0,
-            "carried": pack_state(self.carried),
+            "carried": pack_state(self.team.all_rows(self.carried)),
             "rng": random_state(self.accelerator.device),
         }
 
     def _restore(self, checkpoint: Path) -> None:
         state, device = load_training(checkpoint), self.accelerator.device
-        self.plain_optimizer.load_state_dict(state["optimizer"])
+        if self.team.deepspeed or state["optimizer"] is None:
+            raise CheckpointError(
+                f"{checkpoint}: a run under DeepSpeed cannot be resumed, nor a run be resumed under it; continue its "
+                "model in a new run with train.start_from"
+            )
+        load_optimizer_state(self.plain_optimizer, state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         self.position, self.best = state["position"], Best(**state["best"])
         self.guard.load_state_dict(state["guard"])
-        self.carried = unpack_state(state["carried"], device)
+        self.carried = self.team.own_rows(unpack_state(state["carried"], device))
         if self.ema is not None:
             from wkv import load_model
 
@@ -256,24 +317,17 @@ class Trainer:
         set_random_state(state["rng"], device)
 
     def _save_model(self, path: Path) -> None:
-        from wkv import save_model
-
-        save_model(self.plain_model, path)
+        _save(self.plain_model, path)
 
     def _save_average(self, path: Path) -> None:
         with self.averaged():
             self._save_model(path)
 
 
-def resolve_precision(precision: str) -> str:
-    """ "auto" made concrete: "bf16" on hardware with bfloat16 multiplication, else "fp32"."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Older versions of torch cannot tell.
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+def _save(model: LanguageModel, path: Path) -> None:
+    from wkv import save_model
+
+    save_model(model, path)
 
 
 def clip_texts(texts: Sequence[str | bytes], limit: int | None) -> list[str | bytes]:
@@ -285,23 +339,9 @@ def clip_texts(texts: Sequence[str | bytes], limit: int | None) -> list[str | by
     return [text[:share].decode("utf-8", "ignore") for text in raw]
 
 
-def create_accelerator(recipe: TrainRecipe, run: Path) -> Any:
-    """The `accelerate.Accelerator` of a run: precision, devices, trackers."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # a second run in one process may choose another precision
-    precision = "bf16" if resolve_precision(recipe.precision) == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.trackers) or None, project_dir=str(run))
-    if accelerator.num_processes > 1:
-        raise WkvError(f"training runs in one process, found {accelerator.num_processes}; start it without a launcher")
-    return accelerator
-
-
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _stop_signals(stopped: threading.Event) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into an event: the step under way is finished. A second one interrupts."""
-    stopped = threading.Event()
     before: dict[int, Any] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -311,7 +351,7 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is threading.main_thread():
         before.update({number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)})
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

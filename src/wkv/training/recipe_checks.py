@@ -109,13 +109,23 @@ def _check_combinations(recipe: Recipe) -> None:
     """Keys that need or exclude each other."""
     train, data = recipe.train, recipe.data
     segmented, exact, through = train.segment is not None, train.segment_mode == "exact", train.through > 1
-    grows = train.context_start is not None
+    grows, shared = train.context_start is not None, train.sequence_parallel > 1
     scored = data.held_out is not None or data.held_out_fraction > 0
     rules = [
         (segmented or not exact, "train.segment_mode goes with train.segment; give its length"),
         (segmented or not through, "train.through goes with train.segment; give its length"),
         (not (exact and through), 'train.through limits gradients and belongs to train.segment_mode "truncated"'),
         (not segmented or train.head_chunk is None, "train.head_chunk goes without train.segment, which chooses it"),
+        (
+            not (shared and segmented),
+            "train.sequence_parallel divides rows between processes, train.segment within one; leave one out",
+        ),
+        (not shared or train.head_chunk is None, "train.head_chunk goes without train.sequence_parallel"),
+        (
+            train.context_length % train.sequence_parallel == 0,
+            f"train.context_length ({train.context_length}) must be divisible by train.sequence_parallel "
+            f"({train.sequence_parallel})",
+        ),
         (grows == (train.context_warmup_steps > 0), "train.context_start goes with train.context_warmup_steps"),
         (
             not grows or (train.context_start or 0) <= train.context_length,
@@ -178,7 +188,7 @@ _RANGES: dict[str, dict[str, Range]] = {
         **{key: _NOT_NEGATIVE for key in ("context_warmup_steps", "guard")},
         **{key: _COUNT for key in ("steps", "tokens", "context_length", "context_start", "batch_size", "accumulate")},
         **{key: _COUNT for key in ("segment", "through", "head_chunk", "eval_bytes", "eval_every", "stop_after")},
-        **{key: _COUNT for key in ("checkpoint_every", "keep_last", "threads")},
+        **{key: _COUNT for key in ("checkpoint_every", "keep_last", "threads", "sequence_parallel")},
         "start_from": _TEXT,
         "decay_fraction": (lambda x: 0 < x <= 1, "a number above 0, at most 1"),
         "ema": (lambda x: 0 < x < 1, "a number between 0 and 1"),

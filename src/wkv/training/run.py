@@ -16,22 +16,24 @@ import torch
 
 from wkv.errors import RecipeError, WkvError
 from wkv.evaluation import bits_per_byte
+from wkv.layers.language_model import LanguageModel
+from wkv.tokenizers import Tokenizer
 from wkv.training.checkpoint import MODEL, clear_rubbish, is_rubbish, latest_checkpoint, write_file
 from wkv.training.corpus_cache import cached_corpus
-from wkv.training.display import Display
-from wkv.training.loop import Trainer, create_accelerator
+from wkv.training.display import Display, reading
+from wkv.training.distributed import Team, create_team, launched_rank
+from wkv.training.loop import Trainer
 from wkv.training.recipe import BUDGETS, Recipe, load_recipe
 from wkv.training.source import ChooseTokenizer, Corpus, create_sampler, load_corpus
 from wkv.training.start import choose_tokenizer, complete_model, given_model
-from wkv.training.trackers import check_trackers, start_trackers
+from wkv.training.trackers import check_trackers, start_trackers, stop_trackers
 
-# What may change when a run is resumed: how long it goes on, what it reports, saves and puts up with, and on how many
-# threads.
+# What may change when a run is resumed: how long it goes on, what it reports, saves and puts up with, and on what.
 RESUMABLE = tuple(
     f"train.{key}"
     for key in (
         *BUDGETS, "eval_every", "eval_bytes", "stop_after", "checkpoint_every", "keep_last", "keep_best", "guard",
-        "spike", "trackers", "threads",
+        "spike", "trackers", "threads", "sequence_parallel",
     )
 )  # fmt: skip
 
@@ -69,7 +71,8 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False, c
     """Train a model as `recipe` says.
 
     Ctrl-C finishes the step under way, saves, and returns; the run can be resumed. On the CPU a resumed run with a
-    budget of steps or tokens goes on bit for bit like one that was never interrupted.
+    budget of steps or tokens goes on bit for bit like one that was never interrupted. Where `accelerate launch` or
+    torchrun has started several processes, all of them call this and train together.
 
     Args:
         recipe: from `load_recipe`; for a run to be resumed, from `resume_recipe`.
@@ -84,19 +87,21 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False, c
     console = console or rich_console()
     with cpu_threads(recipe.train.threads):
         trainer, corpus = prepare(recipe, folder, console)
-        _claim_folder(folder, recipe, corpus.tokenizer)
+        team, console = trainer.team, console if trainer.team.main else rich_console(quiet=True)
+        team.main_alone(lambda: _claim_folder(folder, recipe, corpus.tokenizer))
         _announce(console, trainer, corpus)
         start_trackers(trainer.accelerator, folder, recipe.to_dict())
         with Display(console) as display:
             finished = trainer.run(display)
-        trainer.accelerator.end_training()
+        stop_trackers(trainer.accelerator)
         score = None
         if finished and corpus.held_out:
             with console.status("measuring bits per byte on the held-out text"), trainer.averaged():
-                score = bits_per_byte(trainer.plain_model, corpus.held_out)
+                score = team.score(partial(bits_per_byte, trainer.plain_model), corpus.held_out)
     result = _result(trainer, finished, score, corpus.held_out_bytes)
     if finished:
-        write_file(folder / "result.json", lambda path: _write_json(path, dataclasses.asdict(result)))
+        team.main_alone(lambda: _write_result(result, folder / "result.json"))
+    team.leave()
     return result
 
 
@@ -123,25 +128,50 @@ def prepare(recipe: Recipe, folder: Path, console: Any, read: ReadCorpus | None 
     """
     plan = recipe.train
     check_trackers(plan.trackers)
-    checkpoint = latest_checkpoint(folder)
-    model = given_model(recipe, checkpoint)
-    corpus = (read or read_corpus)(recipe, partial(choose_tokenizer, recipe, folder, model), console)
-    accelerator = create_accelerator(plan, folder)
-    share = accelerator.process_index, accelerator.num_processes
-    sampler = create_sampler(corpus.store, recipe.data, plan, *share)
-    model = complete_model(recipe, model, corpus.tokenizer)
-    return Trainer(plan, model, sampler, folder, corpus.held_out, checkpoint, accelerator), corpus
+    team = create_team(plan, folder)
+    checkpoint = team.main_alone(lambda: latest_checkpoint(folder))
+    given = team.everyone(lambda: given_model(recipe, checkpoint))
+    choose = partial(choose_tokenizer, recipe, folder, given)
+    corpus = read_together(team, lambda chosen: (read or read_corpus)(recipe, chosen or choose, console))
+
+    def complete() -> tuple[Any, LanguageModel]:
+        sampler = create_sampler(corpus.store, recipe.data, plan, *team.share)
+        return sampler, complete_model(recipe, given, corpus.tokenizer)
+
+    sampler, model = team.everyone(complete)
+    return Trainer(plan, model, sampler, folder, corpus.held_out, checkpoint, team), corpus
+
+
+def read_together(team: Team, read: Callable[[ChooseTokenizer | None], Corpus]) -> Corpus:
+    """The corpus of all processes. The main process is the first: it may make a cache or train a vocabulary.
+
+    Args:
+        team: the processes.
+        read: gets the corpus; given a choice of the tokenizer, uses that.
+
+    Raises:
+        DataError: if a process reads other tokens than the main one.
+    """
+    if team.alone:
+        return read(None)
+    first: list[Corpus] = []
+
+    def lead() -> Tokenizer:
+        first.append(read(None))
+        return first[0].tokenizer
+
+    tokenizer = team.main_alone(lead)
+    corpus = team.everyone(lambda: first[0] if first else read(lambda documents: tokenizer))
+    team.check_same((corpus.store.fingerprint, corpus.held_out_bytes), "training or held-out text")
+    return corpus
 
 
 def read_corpus(recipe: Recipe, choose: ChooseTokenizer, console: Any) -> Corpus:
     """The tokens and held-out texts of a run; `choose` gives the tokenizer."""
-    with console.status("reading the training text") as status:
-        if recipe.data.cache is None:
+    if recipe.data.cache is None:
+        with console.status("reading the training text"):
             return load_corpus(recipe.data, choose)
-
-        def progress(documents: int, tokens: int) -> None:
-            status.update(f"tokenising: {documents:,} documents, {tokens:,} tokens")
-
+    with reading(console) as progress:
         return cached_corpus(recipe.data, choose, progress)
 
 
@@ -220,22 +250,32 @@ def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
     size = f"{len(store):,} documents" if corpus.num_bytes is None else f"{corpus.num_bytes:,} bytes"
     held_out = f"{corpus.held_out_bytes:,} bytes" if corpus.held_out else "nothing"
     lines = (
-        f"model       {model.name}, {shape}, {trainer.precision} on {trainer.accelerator.device.type}",
+        f"model       {model.name}, {shape}, {trainer.precision} on {_place(trainer)}",
         f"text        {size} in {store.num_tokens:,} tokens; held out: {held_out}",
     )
     for line in (*lines, f"going on after step {step:,}") if step else lines:
         console.print(line, highlight=False)
 
 
-def rich_console() -> Any:
-    """Standard output."""
+def _place(trainer: Trainer) -> str:
+    device, size = trainer.accelerator.device.type, trainer.team.size
+    return device if size == 1 else f"{device}, {size} processes"
+
+
+def rich_console(quiet: bool | None = None) -> Any:
+    """Standard output, or nothing if `quiet`; by default that is so on all processes but the main one."""
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=launched_rank() > 0 if quiet is None else quiet)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+def _write_result(result: Result, path: Path) -> None:
+    content = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
+    write_file(path, lambda temporary: _write_text(temporary, content))
+
+
+def _write_text(path: Path, content: str) -> None:
+    path.write_text(content)
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class TrainRecipe:
         context_start: tokens from which the context grows to `context_length`: rows are divided into pieces of that
             length, each read from an empty state.
         context_warmup_steps: steps over which it grows.
-        batch_size: rows per batch (B).
+        batch_size: rows per batch (B), over all processes.
         accumulate: batches per step.
         segment: run every row in segments of this many tokens, with the memory of one of them; null: at once.
         segment_mode: "truncated" (gradients end at the borders of segments) or "exact".
@@ -99,6 +99,7 @@ class TrainRecipe:
         eps: of AdamW; null: the model's official one.
         clip: largest global gradient norm.
         l2wrap: strength of L2Wrap, 0 for none.
+        sequence_parallel: processes that share every row, each with its part of the columns.
         ema: decay of an exponential moving average of the parameters, which is evaluated and saved in their place.
         guard: steps in a row that may be skipped because loss or gradients are not finite, or spike; one more ends
             the run.
@@ -140,6 +141,7 @@ class TrainRecipe:
     eps: float | None = None
     clip: float = 1.0
     l2wrap: float = 1e-4
+    sequence_parallel: int = 1
     ema: float | None = None
     guard: int = 0
     spike: float | None = None
@@ -157,12 +159,12 @@ class TrainRecipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Inputs of one step, of this process."""
+        """Inputs of one step, of all processes."""
         return self.batch_size * self.context_length * self.accumulate
 
-    def budget(self, world_size: int = 1) -> Budget:
-        """How long to train, with `world_size` processes."""
-        return Budget(self.tokens_per_step * world_size, self.steps, self.tokens, self.seconds)
+    def budget(self) -> Budget:
+        """How long to train."""
+        return Budget(self.tokens_per_step, self.steps, self.tokens, self.seconds)
 
     def curve(self) -> Schedule:
         """The learning-rate curve."""

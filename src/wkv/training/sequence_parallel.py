@@ -36,6 +36,8 @@ from wkv.training.segments import (
     with_tensors,
 )
 
+SENT_AT_ONCE = 1 << 22  # values of gradients
+
 
 def sequence_parallel_backward(
     model: LanguageModel,
@@ -50,6 +52,8 @@ def sequence_parallel_backward(
     l2wrap: float = 1e-4,
     backward: Backward | None = None,
     group: dist.ProcessGroup | None = None,
+    normalizer: float | None = None,
+    positions: float | None = None,
 ) -> SegmentResult:
     """Add this process's share of the gradients of sequences that lie, stretch by stretch, on several processes.
 
@@ -64,6 +68,7 @@ def sequence_parallel_backward(
         l2wrap: see `next_token_loss`.
         backward: called with a loss in place of `loss.backward()`; it may scale, by the same factor on all processes.
         group: the processes, in the order of their columns; None: all of them.
+        normalizer, positions: of a larger batch of which this is a part, see `head_loss`.
 
     Returns:
         SegmentResult, the same on every process: loss and number of targets of the whole sequences, and the state
@@ -86,8 +91,8 @@ def sequence_parallel_backward(
         numbers = (sequences.count(), sequences.count_tokens(), sequences.batch, row_groups)
     except WkvError as error:
         problem = error
-    tokens, positions = line.agree(numbers, problem)
-    run = Run(model, l2wrap, tokens, positions)
+    tokens, exist = line.agree(numbers, problem)
+    run = Run(model, l2wrap, normalizer or tokens, positions or exist)
     loss, final, gradients = _pass(line, run, sequences, start, row_groups, backward or Tensor.backward)
     if line.rank == 0:
         _deliver(start, gradients)
@@ -107,12 +112,27 @@ def sum_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> N
     device = _message_device(learning[0].device, group)
     found = torch.tensor([parameter.grad is not None for parameter in learning], dtype=torch.int64, device=device)
     dist.all_reduce(found, group=group)
-    for parameter, count in zip(learning, found.tolist(), strict=True):
-        if count:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            message = gradient.to(device)
-            dist.all_reduce(message, group=group)
-            parameter.grad = message.to(gradient.device)
+    have = [parameter for parameter, count in zip(learning, found.tolist(), strict=True) if count]
+    for some in _messages(have):
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in some]
+        message = torch.cat([gradient.flatten() for gradient in gradients]).to(device)
+        dist.all_reduce(message, group=group)
+        parts = message.to(some[0].device).split([x.numel() for x in some])
+        for parameter, part in zip(some, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def _messages(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one type, together about as many values as are sent at once."""
+    messages: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        if not messages or size >= SENT_AT_ONCE or parameter.dtype != messages[-1][0].dtype:
+            messages.append([])
+            size = 0
+        messages[-1].append(parameter)
+        size += parameter.numel()
+    return messages
 
 
 def _pass(

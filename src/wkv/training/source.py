@@ -209,8 +209,8 @@ class UnbrokenStream(StreamingDocuments):
 def create_sampler(
     store: TokenStore, data: DataRecipe, train: TrainRecipe, rank: int = 0, world_size: int = 1
 ) -> Sampler:
-    """Batches in the order the recipe asks for; this process is number `rank` of `world_size`."""
-    length, rows, seed = train.context_length, train.batch_size, train.seed
+    """Batches in the order the recipe asks for; this process is number `rank` of `world_size` that share the rows."""
+    length, rows, seed = train.context_length, train.batch_size // world_size, train.seed
     if data.order == "prime":
         return MagicPrimeWindows(store, length, rows, rank, world_size)
     if data.order == "packed":

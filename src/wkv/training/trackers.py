@@ -29,6 +29,12 @@ def start_trackers(accelerator: Any, run: Path, recipe: Mapping[str, Any]) -> No
     accelerator.init_trackers(PROJECT, dict(_flat(recipe)), options)
 
 
+def stop_trackers(accelerator: Any) -> None:
+    """Let the trackers finish."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
     """Nested values under names such as train.steps; what trackers cannot hold becomes text."""
     for key, value in values.items():
