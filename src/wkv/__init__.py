@@ -25,7 +25,7 @@ _PUBLIC = {
 }
 _MODULES = (
     "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "native", "ops", "quantization",
-    "registry", "state", "tokenizers", "training",
+    "registry", "starter", "state", "tokenizers", "training",
 )  # fmt: skip
 
 __all__ = [*_PUBLIC, "__version__", *_MODULES]
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wkv import native as native
     from wkv import ops as ops
     from wkv import quantization as quantization
+    from wkv import starter as starter
     from wkv import tokenizers as tokenizers
     from wkv import training as training
     from wkv.checkpoints import load_model as load_model

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wkv import starter
 from wkv.checkpoints.archive import Archive, from_mapping, listing, merge
 from wkv.checkpoints.torch_file import open_torch, unwrap
 from wkv.errors import CheckpointError
@@ -57,9 +58,25 @@ def open_archive(source: Source) -> Archive:
     return merge(archives, label)
 
 
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The path that `source` stands for: the text "starter" is the name of the model in the package, the rest paths.
+
+    Raises:
+        CheckpointError: if a file or folder "starter" in the current folder could be meant as well.
+    """
+    if source != starter.NAME:
+        return Path(source)
+    if os.path.lexists(source):
+        raise CheckpointError(
+            f"{source!r} is the model that comes with wkv, and also a file or folder in the current folder; "
+            f'pass "./{source}" for that one, wkv.starter.path() or {str(starter.path())!r} for the model of wkv'
+        )
+    return starter.path()
+
+
 def _paths(source: Any) -> list[Path]:
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
+        path = locate(source)
         if not str(source):
             raise CheckpointError("the path of the checkpoint is empty")
         if path.is_dir():

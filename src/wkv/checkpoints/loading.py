@@ -23,7 +23,8 @@ def load_model(
 
     Args:
         source: a .pth, .safetensors or .gguf file, a folder of shards, an rwkv.cpp .bin file, a list of shard files,
-            or a state dict (whose tensors are copied).
+            a state dict (whose tensors are copied), or "starter", the model that comes with the package ("./starter"
+            is a file of that name).
         dtype: type of all parameters; by default the type of the file's large matrices, for all parameters (float32
             if they are ggml blocks). What `quantize_model` made keeps the types of the file by default and stays in
             the mapped file; int8 and int4 weights do so with any dtype.

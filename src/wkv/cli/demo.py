@@ -1,4 +1,4 @@
-"""`wkv demo`: train a small RWKV-7 on real text in a minute and a half and read what it writes."""
+"""`wkv demo`: read what the starter writes, then train a small RWKV-7 on the same text and read what that writes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What the model is to continue.")] = PROMPT,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo in the run folder.")] = False,
 ) -> None:
-    """Train a small RWKV-7 on the State of the Union speeches, compare it with xz, and let it write.
+    """Let the starter of the package write, train a smaller RWKV-7 on the same speeches, and let that one write too.
 
-    Takes about two minutes on two CPU cores. An interrupted demo goes on where it stopped when it is called again.
+    The new model is compared with xz. Takes about two minutes on two CPU cores. An interrupted demo goes on where it
+    stopped when it is called again.
     """
     from rich.console import Console
 
@@ -41,12 +42,13 @@ def demo(
     result = read_result(out)
     if result is None:
         recipe, resume = _plan(out, overrides or [])
+        _introduce(console, prompt)
         result = run(recipe, out, resume)
         _compare(console, recipe, result)
     else:
         say(console, f"The demo in {out} is finished; `wkv demo --fresh` deletes it and trains again.")
         report(console, result)
-    _write(console, result, prompt)
+    _write(console, result.model, prompt, 120)
     _next(console, result)
 
 
@@ -82,17 +84,31 @@ def _compare(console: Console, recipe: Recipe, result: Result) -> None:
     say(console, f"            {packed:.3f} bits per byte for xz -9e on the same text")
 
 
-def _write(console: Console, result: Result, prompt: str) -> None:
+def _introduce(console: Console, prompt: str) -> None:
+    """What the starter of the package is, and a few lines of it."""
+    from wkv import starter
+    from wkv.cli.train import say
+    from wkv.training.display import duration
+
+    card = starter.card()
+    training, score = card["training"], card["held_out"]["bits_per_byte"]
+    size = f"rwkv7, {card['model']['parameters']:,} parameters, trained for {duration(training['seconds'])}"
+    say(console, f"starter     {size} before it came into the package")
+    say(console, f"held out    {score:.3f} bits per byte of speeches never trained on. It writes")
+    _write(console, str(starter.path()), prompt, 60)
+    say(console, "Now a smaller one learns from the same speeches.")
+
+
+def _write(console: Console, source: str, prompt: str, max_tokens: int) -> None:
     """Stream a continuation of the prompt."""
     import wkv
     from wkv.cli.train import say
 
-    model = wkv.load_model(result.model)
+    sampler = wkv.Sampler(**wkv.starter.SAMPLING)
+    model = wkv.load_model(source)
     say(console, "")
     console.print(prompt, end="", highlight=False, markup=False, style="bold")
-    for piece in wkv.generate(
-        model, prompt, max_tokens=120, sampler=wkv.Sampler(temperature=0.8, top_p=0.9), seed=1, stream=True
-    ):
+    for piece in wkv.generate(model, prompt, max_tokens=max_tokens, sampler=sampler, seed=1, stream=True):
         console.print(piece, end="", highlight=False, markup=False)
     console.print("\n")
 

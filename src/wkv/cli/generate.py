@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from wkv.state import State
 
 # Options that `wkv chat` has as well.
-MODEL = typer.Argument(..., help="Checkpoint: a file or a folder, of any version.")
+MODEL = typer.Argument(..., help="Checkpoint: a file or a folder, of any version; `starter` is that of the package.")
 TEMPERATURE = typer.Option(1.0, help="0 always takes the most likely token.")
 TOP_K = typer.Option(0, help="Choose among the k most likely tokens; 0: all.")
 MIN_P = typer.Option(0.0, help="Choose among tokens at least this fraction as likely as the first.")
@@ -31,12 +33,24 @@ MAPPED = typer.Option(False, "--mapped", help="Leave the weights in the mapped f
 
 
 def generate(
-    model: str = MODEL,
-    prompt: str = typer.Argument("", help='Text to continue; "-" reads it from standard input, every byte of it.'),
+    model: str = typer.Argument(
+        ...,
+        help="Checkpoint: a file or a folder, of any version, or `starter`. A single argument that is no file is the "
+        "prompt, and the starter continues it.",
+    ),
+    prompt: str | None = typer.Argument(
+        None, help='Text to continue; "-" reads it from standard input, every byte of it.'
+    ),
     max_tokens: int = typer.Option(100, help="Longest continuation."),
-    temperature: float = TEMPERATURE,
+    temperature: float | None = typer.Option(
+        None, help="0 always takes the most likely token.", show_default="1.0; 0.8 for the starter"
+    ),
     top_k: int = TOP_K,
-    top_p: float = typer.Option(1.0, help="Choose among the most likely tokens of this total probability."),
+    top_p: float | None = typer.Option(
+        None,
+        help="Choose among the most likely tokens of this total probability.",
+        show_default="1.0; 0.9 for the starter",
+    ),
     min_p: float = MIN_P,
     typical_p: float = TYPICAL_P,
     presence_penalty: float = typer.Option(0.0, help="Lowers tokens that were generated before."),
@@ -54,17 +68,25 @@ def generate(
     num: int = typer.Option(1, "--num", "-n", min=1, help="Number of continuations."),
     mapped: bool = MAPPED,
 ) -> None:
-    """Continue a prompt. Text goes to standard output, speed to standard error."""
+    """Continue a prompt. Text goes to standard output, speed to standard error.
+
+    [bold]wkv generate "The state of"[/]          the starter, a small model of speeches inside the package
+    [bold]wkv generate model.pth "The state of"[/]
+    """
     import wkv
     from wkv.inference import Sampler
     from wkv.inference.huge_pages import use_huge_pages
     from wkv.inference.pages import give_back_libraries
 
+    source, prompt, sampling = choose(model, prompt)
+    given = {"temperature": temperature, "top_p": top_p}
+    sampling |= {name: value for name, value in given.items() if value is not None}
     sampler = Sampler(
-        temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
+        top_k=top_k, min_p=min_p, typical_p=typical_p, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, seed=seed, **sampling,
     )  # fmt: skip
     check_folder(save_state)
-    loaded = wkv.load_model(model, dtype=dtype, device=device)
+    loaded = wkv.load_model(source, dtype=dtype, device=device)
     give_back_libraries()
     if not mapped:
         use_huge_pages(loaded)
@@ -75,6 +97,35 @@ def generate(
     }  # fmt: skip
     as_json = as_json or logprobs > 0
     run(loaded, [text] * num, options, save_state, as_json, stream=not (no_stream or as_json or num > 1))
+
+
+def choose(model: str, prompt: str | None) -> tuple[str, str, dict[str, float]]:
+    """(model, prompt, sampling) of one or two arguments: a single one that is no file is a prompt for the starter.
+
+    Raises:
+        WkvError: if a single argument is not there, but looks like the path of a checkpoint.
+    """
+    from wkv import starter
+
+    if prompt is not None or model == starter.NAME or os.path.exists(model):
+        return model, prompt or "", dict(starter.SAMPLING) if model == starter.NAME else {}
+    if looks_like_a_path(model):
+        raise WkvError(f"{model}: no such file or folder. If it is a prompt: wkv generate starter {shlex.quote(model)}")
+    typer.echo("no model is named: the starter that comes with wkv continues the text", err=True)
+    return str(starter.path()), model, dict(starter.SAMPLING)
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether `text` is the path of a checkpoint rather than a prompt: it ends like one, or separates folders.
+
+    A separator among blanks, as in "he and/or she", is part of a sentence.
+    """
+    from wkv.checkpoints.files import SUFFIXES
+
+    separators = {os.sep, os.altsep or os.sep}
+    one_word = not any(character.isspace() for character in text)
+    begins = text.startswith(tuple(f"{start}{mark}" for start in ("", ".", "..", "~") for mark in separators))
+    return text.endswith((*SUFFIXES, ".json")) or begins or (one_word and bool(separators & set(text)))
 
 
 def load_state(model: LanguageModel, path: Path | None, rows: int) -> State | None:

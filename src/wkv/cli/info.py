@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def info(
-    source: list[Path] = typer.Argument(help="A checkpoint, a folder of shards, several shards, or a saved state."),  # noqa: B008
+    source: list[str] = typer.Argument(  # noqa: B008
+        help="A checkpoint, a folder of shards, several shards, a saved state, or `starter`, the model of the package."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON for machines."),
 ) -> None:
     """Say what a file is: version, sizes, parameters, types, state memory, missing or unexpected keys.

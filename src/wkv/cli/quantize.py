@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Checkpoint: a file or a folder, of any version.")],
+    given: Annotated[
+        str, typer.Argument(metavar="IN", help="Checkpoint: a file or a folder, of any version, or `starter`.")
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="New file: .safetensors, or .gguf for llama.cpp (see --type).")
     ],
@@ -47,7 +49,9 @@ def quantize(
     """
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
+    from wkv.checkpoints.files import locate
+
+    console, source = Console(soft_wrap=True), locate(given)
     _check_paths(source, target, report, text)
     if target.suffix == ".gguf":
         _check_gguf_options(bits, policy, text, ablation, report)
