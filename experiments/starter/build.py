@@ -1,8 +1,8 @@
 """Make the starter model of the package from a finished run of recipes/starter.yaml.
 
     wkv train --recipe starter --out runs/starter
-    wkv train --recipe starter_finish --out runs/starter-finish
-    python experiments/starter/build.py runs/starter --finish runs/starter-finish
+    wkv train --recipe starter_finish --out runs/starter_finish
+    python experiments/starter/build.py runs/starter --finish runs/starter_finish
 
 Writes model.safetensors (bfloat16, with its tokenizer), card.json and CARD.md into src/wkv/starter, all three at once,
 and the loss curve beside this script. The score is that of the file itself, on the complete held-out text.
