@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 
 import wkv
 from wkv.layers.language_model import LanguageModel
+from wkv.speed.evidence import evidence
 from wkv.state import State
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +50,7 @@ def main() -> None:
         "rounds": options.rounds,
         "tokens_per_round": options.tokens,
         "seed": options.seed,
-        **circumstances(),
+        **evidence(__file__, sys.argv[1:]),
     }
     write(options.out, result)
     for context, row in result["contexts"].items():
@@ -166,22 +165,6 @@ def process_memory() -> float:
     """Resident memory of this process in MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def circumstances() -> dict[str, Any]:
-    """Command, versions, commit, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "command": " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
-        "versions": {"wkv": wkv.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()},
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-    }
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 import wkv
+from wkv.speed.evidence import evidence
 from wkv.training.head_loss import head_loss
 from wkv.training.losses import next_token_loss
 from wkv.training.segments import segmented_backward
@@ -85,21 +84,6 @@ def measure(part: str, form: str, length: int, options: argparse.Namespace) -> d
     return run
 
 
-def commit() -> str | None:
-    """The checked-out git commit, None outside a repository."""
-    try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
@@ -119,12 +103,9 @@ def main() -> None:
     segments = [{"mode": m, "tokens": n, **measure("segments", m, n, options)} for m, n in cases]
     forms = ("head_loss", "next_token_loss")
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        **evidence(__file__, sys.argv[1:]),
         "what": "peak resident memory of one backward pass, float32, batch 1",
         "seed": options.seed,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": options.threads},
         "model": {"name": "rwkv7", **MODEL},
         "segment": SEGMENT,
         "segments": segments,

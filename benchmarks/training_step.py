@@ -16,9 +16,7 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +35,7 @@ from wkv.data import TokenStore, UniformWindows
 from wkv.layers.channel_mix import squared_relu
 from wkv.layers.timeline import Timeline
 from wkv.ops import wkv7
+from wkv.speed.evidence import evidence
 from wkv.training import create_optimizer, head_loss, next_token_loss
 from wkv.training.display import Display
 from wkv.training.log import RunLog
@@ -69,7 +68,7 @@ def main() -> None:
     print(f"\nthe training loop has {throughput['ratio']:.1%} of the throughput of a bare loop")
     result = {"what": "milliseconds of a training step by operator, forward + backward", "shapes": tables}
     result["loop_throughput"] = throughput
-    result |= {"repeats": options.repeats, "seed": 0, **circumstances()}
+    result |= {"repeats": options.repeats, "seed": 0, **evidence(__file__, sys.argv[1:])}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -238,22 +237,6 @@ def show(name: str, table: dict[str, Any]) -> None:
     print(f"\n{name}: {table['whole_step_ms']} ms, {table['tokens_per_second']:,} tokens/s")
     for part, value in sorted(table["milliseconds"].items(), key=lambda item: -item[1]):
         print(f"  {part:<30} {value:8.1f} ms {table['share'][part]:7.1%}")
-
-
-def circumstances() -> dict[str, Any]:
-    """Command, versions, commit, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return {
-        "command": " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]),
-        "versions": {"wkv": wkv.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()},
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-    }
 
 
 if __name__ == "__main__":

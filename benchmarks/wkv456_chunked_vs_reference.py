@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from wkv import ops
+from wkv.speed.evidence import evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T, H, N, C = 4, 512, 4, 64, 256
@@ -68,22 +67,6 @@ def measure(operator: str, pairs: int) -> dict[str, Any]:
     }
 
 
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0],
-    }
-
-
-def commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
@@ -92,11 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = {
-        "command": " ".join(["python", "benchmarks/wkv456_chunked_vs_reference.py", *sys.argv[1:]]),
+        **evidence(__file__, sys.argv[1:]),
         "seed": SEED,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": hardware(),
         "results": [measure(operator, options.pairs) for operator in ("wkv4", "wkv5", "wkv6")],
     }
     temporary = options.output.with_suffix(".tmp")

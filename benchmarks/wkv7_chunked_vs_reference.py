@@ -8,10 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from wkv.ops import use_backend, wkv7
+from wkv.speed.evidence import evidence
 
 RESULT = Path(__file__).parent / "results" / "wkv7_chunked_vs_reference.json"
 SHAPES = {
@@ -82,22 +80,6 @@ def measure(shape: tuple[int, ...], pairs: int, seed: int) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The checked-out git commit, None outside a repository."""
-    try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if cpuinfo.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
@@ -107,13 +89,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        **evidence(__file__, sys.argv[1:]),
         "what": "forward + backward of every input from dy, float32",
         "seed": options.seed,
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": options.threads},
-        "load_average_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "runs": {name: measure(shape, options.pairs, options.seed) for name, shape in SHAPES.items()},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,6 @@ import argparse
 import contextlib
 import ctypes
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -36,6 +33,7 @@ import wkv
 from wkv.checkpoints.gguf_file import GGUFFile
 from wkv.layers.language_model import LanguageModel
 from wkv.quantization.ggml_blocks import dequantize, quantize
+from wkv.speed.evidence import evidence
 from wkv.tokenizers import WorldTokenizer
 
 FOLDER = Path(__file__).resolve().parent
@@ -62,7 +60,8 @@ def main() -> None:
     result = {
         "what": "GGUF written by wkv against llama.cpp", "model": {"name": model.name, **model.config.to_dict()},
         "written_by_wkv": ours, "quantized_by_llama_cpp": theirs, "same_token_ids": same_ids,
-        "tokens": options.tokens, "seed": options.seed, **circumstances(),
+        "tokens": options.tokens, "seed": options.seed,
+        **evidence(__file__, sys.argv[1:], ("torch", "llama_cpp_python")),
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -85,18 +84,6 @@ def parse() -> argparse.Namespace:
         file = f"check_gguf_{options.model}_{options.hidden_size}.json"
         options.out = FOLDER / "results" / file
     return options
-
-
-def circumstances() -> dict[str, Any]:
-    """Command, versions, commit, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False)
-    own = {"wkv": wkv.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {
-        "command": " ".join(["python", f"benchmarks/cpu/{Path(__file__).name}", *sys.argv[1:]]),
-        "versions": {**own, "llama_cpp_python": llama_cpp.__version__},
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-    }
 
 
 def random_model(options: argparse.Namespace) -> LanguageModel:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from wkv.cli.bench import check_native, check_out, draw, find_models, make_settings, run, show
 from wkv.speed.contenders import chosen
+from wkv.speed.evidence import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -41,7 +41,7 @@ def main() -> None:
     contenders = [c for c in contenders if c.name in wanted]
     for name, reason in skipped.items():
         console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
-    facts = {"command": command(options), "commit": commit(), "skipped": skipped}
+    facts = {"command": command(options), "commit": commit(__file__), "skipped": skipped}
     with ExitStack() as stack:
         folder = options.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wkv-bench-")))
         models = find_models(None, options.shape, folder, options.seed)
@@ -73,15 +73,6 @@ def command(options: argparse.Namespace) -> str:
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     words += ["--contenders", options.contenders] if options.contenders else []
     return shlex.join(["python", "benchmarks/cpu/decode_prefill.py", *words, *(["--quick"] if options.quick else [])])
-
-
-def commit() -> str | None:
-    """The commit of this repository, "+" behind it where files differ from it."""
-    found = [
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", "src", "native"])
-    ]
-    return found[0] + ("+" if found[1] else "") or None
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ and says what each step adds. Linux only.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from wkv.speed.evidence import evidence
 
 HERE = Path(__file__).resolve().parent
 BAR_MB = 350
@@ -177,17 +177,6 @@ def data_offset(path: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def evidence() -> dict[str, Any]:
-    """Where the numbers come from."""
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("wkv", "torch", "numpy", "safetensors")}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    hardware = {"cpu": cpu, "system": platform.system(), "python": platform.python_version()}
-    return {"command": "python benchmarks/cpu/memory.py", "commit": commit, "versions": versions, "hardware": hardware}
-
-
 def show(result: dict[str, Any]) -> None:
     """Print the split."""
     before = 0.0
@@ -222,7 +211,10 @@ def main() -> None:
         stages(options.stages, options.tokens, options.native)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            result = {**measure(options, Path(folder)), **evidence()}
+            result = {
+                **measure(options, Path(folder)),
+                **evidence(__file__, sys.argv[1:], ("torch", "numpy", "safetensors")),
+            }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         show(result)
 

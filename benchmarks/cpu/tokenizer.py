@@ -15,18 +15,16 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import wkv
 from wkv import native
 from wkv.data.documents import load_documents
+from wkv.speed.evidence import evidence
 from wkv.tokenizers import WorldTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +44,7 @@ def main() -> None:
         "bar_mb_per_s": BAR,
         "rounds": options.rounds,
         "native_unavailable": native.unavailable(),
-        **circumstances(),
+        **evidence(__file__, sys.argv[1:], ("rwkv",)),
     }
     rows = result["texts"].values()
     result["bar_reached"] = all(row["encoders"]["native"]["mb_per_s"] >= BAR for row in rows)
@@ -124,25 +122,6 @@ def seconds(encode: Encoder, text: str) -> float:
     started = time.perf_counter()
     encode(text)
     return time.perf_counter() - started
-
-
-def circumstances() -> dict[str, Any]:
-    """Command, versions, commit, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    versions = {"wkv": wkv.__version__, "python": platform.python_version()}
-    if importlib.util.find_spec("rwkv"):
-        versions["rwkv"] = importlib.metadata.version("rwkv")
-    return {
-        "command": " ".join(["python", "benchmarks/cpu/tokenizer.py", *sys.argv[1:]]),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()},
-        "threads": 1,
-        "load_average": os.getloadavg(),
-    }
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

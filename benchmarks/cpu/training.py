@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from training_contenders import PRECISIONS, Size, batch, largest_difference, llama, ours, rwkv7_hf
 from training_measures import Row, Watch, pairs, share, slope_round, slope_summary
 
-import wkv
 from wkv import native
 from wkv.files import replacing
-from wkv.speed.report import hardware
+from wkv.speed.evidence import evidence
 from wkv.training.loop import resolve_precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +208,13 @@ class Result:
 
     def __init__(self, name: str, what: str, options: argparse.Namespace, **more: object) -> None:
         self.path: Path | None = options.out or (None if options.quick else RESULTS / f"training_{name}.json")
-        self.head: Row = {"what": what, "quick": options.quick, "seed": options.seed, **more, **circumstances()}
+        self.head: Row = {
+            "what": what,
+            "quick": options.quick,
+            "seed": options.seed,
+            **more,
+            **evidence(__file__, sys.argv[1:], PACKAGES),
+        }
         self.rows: dict[str, Row] = {}
         if options.resume and self.path is not None and self.path.is_file():
             before = json.loads(self.path.read_text())
@@ -257,31 +259,6 @@ def display(total: int) -> Iterator[tuple[Watch, Callable[[], None]]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
         yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)
-
-
-def circumstances() -> Row:
-    """Command, versions, commit, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    versions = {"wkv": wkv.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    facts = hardware()
-    load = facts.pop("load_average")
-    return {
-        "command": " ".join(["python", "benchmarks/cpu/training.py", *shown(sys.argv[1:])]),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "hardware": facts,
-        "load_average": load,
-    }
-
-
-def shown(arguments: list[str]) -> list[str]:
-    """Arguments without the folders of this machine."""
-    return [Path(argument).name if "/" in argument else argument for argument in arguments]
 
 
 def parse() -> argparse.Namespace:

@@ -20,12 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from decode_prefill import commit
-
-from wkv.speed.bench import versions
 from wkv.speed.contenders import CONTENDERS
+from wkv.speed.evidence import evidence
 from wkv.speed.files import shape_weights
-from wkv.speed.report import hardware
 
 HERE = Path(__file__).resolve()
 WEIGHTS = ("wkv fp32", "wkv bf16", "wkv int8", "wkv int4")
@@ -96,9 +93,8 @@ def main() -> None:
             found[name] = {phase: shares(path, phase, Path(temporary)) for phase in ("decode", "prefill")}
             for phase, table in found[name].items():
                 print(f"{name}, {phase}: " + ", ".join(f"{key} {value:.1%}" for key, value in list(table.items())[:6]))
-    command = f"python benchmarks/cpu/where_time_goes.py --shape {options.shape}"
-    result = {"what": "share of the native library's time by function, one thread", "command": command,
-              "commit": commit(), "versions": versions(), "hardware": hardware(), "shares": found}  # fmt: skip
+    result = {"what": "share of the native library's time by function, one thread",
+              **evidence(__file__, sys.argv[1:]), "shares": found}  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return None
 

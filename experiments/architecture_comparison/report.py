@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +14,7 @@ import torch
 from contenders import LLAMA, NAMES
 
 import wkv
+from wkv.speed.evidence import evidence
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,22 +39,12 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"mean": round(statistics.mean(values), 4), "deviation": shown, "all": [round(x, 4) for x in values]}
 
 
-def evidence(arguments: list[str]) -> dict[str, Any]:
-    """Where the numbers come from."""
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    packages = ("wkv", "torch", "numpy", "transformers", "tokenizers")
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    hardware = {"cpu": cpu, "logical_cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    busy = os.getloadavg()[0] > torch.get_num_threads() + 0.5
-    hardware["shared"] = f"other work {'ran' if busy else 'was not seen'} on the machine at the same time"
-    operators = {name: backend(name) for name in NAMES if name != LLAMA}
-    command = " ".join(["python experiments/architecture_comparison/run.py", *arguments])
-    return {"command": command, "commit": commit, "versions": versions, "hardware": hardware, "operators": operators}
+def circumstances(arguments: list[str]) -> dict[str, Any]:
+    """Where the numbers come from, whether other work ran at that time, and which form of each operator was used."""
+    found = evidence(HERE / "run.py", arguments, ("torch", "numpy", "transformers", "tokenizers"))
+    busy = (found["load_average"] or [0.0])[0] > torch.get_num_threads() + 0.5
+    found["hardware"]["shared"] = f"other work {'ran' if busy else 'was not seen'} on the machine at the same time"
+    return {**found, "operators": {name: backend(name) for name in NAMES if name != LLAMA}}
 
 
 def backend(name: str) -> str:

@@ -23,7 +23,7 @@ from contenders import BETAS, LLAMA, NAMES, TOLERANCE, VARIANTS, WEIGHT_DECAY, S
 from figure import plot
 from learning import STRIDE, WINDOW, Plan, Texts, load_texts, score, train, windowed_bits_per_byte
 from measures import generation_memory, speed, training_memory, training_peak
-from report import evidence, labelled, show, summary, table
+from report import circumstances, labelled, show, summary, table
 
 from wkv.files import replacing
 
@@ -251,7 +251,7 @@ class Experiment:
         wanted = [(name, seed) for seed in self.plan.seeds for name in NAMES]
         variants = [variant for name in NAMES for variant in VARIANTS[name]]
         return {
-            **evidence(self.arguments),
+            **circumstances(self.arguments),
             "plan": asdict(self.plan),
             "same_for_all": {"betas": BETAS, "weight_decay": WEIGHT_DECAY, "parameter_tolerance": TOLERANCE},
             "evaluation": {"window": WINDOW, "stride": STRIDE},

@@ -47,8 +47,9 @@ from wkv.training.guard import Best, Guard
 from wkv.training.log import RunLog, SilentLog, draw_loss_curve
 from wkv.training.objective import GradientStep, Objective, sums_gradients, unused_parameters, with_shorter_context
 from wkv.training.optimizer import create_optimizer, set_learning_rate
+from wkv.training.randomness import random_state, set_random_state
 from wkv.training.sections import TrainRecipe
-from wkv.training.segments import context_length_at, random_state, set_random_state
+from wkv.training.segments import context_length_at
 from wkv.training.sharding import load_optimizer_state, settle, shard, whole, whole_model, whole_optimizer_state
 
 

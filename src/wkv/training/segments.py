@@ -23,6 +23,7 @@ from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State
 from wkv.training.head_loss import head_loss
+from wkv.training.randomness import random_state, set_random_state
 
 Values = Tensor | np.ndarray  # [B, T], also a np.memmap
 Backward = Callable[[Tensor], object]
@@ -358,21 +359,6 @@ def with_tensors(state: State, tensors: Iterable[Tensor]) -> State:
     """A state of the same kind, made of others in the order of `state_tensors`."""
     rest = iter(tensors)
     return State(state.model, [{name: next(rest) for name in layer} for layer in state.layers])
-
-
-def random_state(device: torch.device, before: list[Tensor] | None = None) -> list[Tensor]:
-    """The random number generators that a forward pass on `device` may use; `before` itself if they did not move."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return before if before and all(map(torch.equal, states, before)) else states
-
-
-def set_random_state(states: list[Tensor], device: torch.device) -> None:
-    """Bring back what `random_state` gave."""
-    torch.set_rng_state(states[0])
-    for each in states[1:]:
-        torch.get_device_module(device).set_rng_state(each, device)
 
 
 def check_learns(model: LanguageModel, state: State) -> None:
