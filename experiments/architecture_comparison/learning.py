@@ -35,7 +35,6 @@ class Plan:
         size: of all models.
         context, rows: T and B of a batch.
         steps, sweep_steps: of a run, and of the short runs that choose the learning rate.
-        longer_steps: of the runs that ask whether more training changes the order.
         warmup: steps of all.
         rates, most_rates: the learning rates tried first, and how many may be tried in all.
         seeds: of initial values and batches.
@@ -49,7 +48,6 @@ class Plan:
     steps: int
     sweep_steps: int
     warmup: int
-    longer_steps: int
     rates: tuple[float, ...]
     most_rates: int
     seeds: tuple[int, ...]
@@ -60,7 +58,7 @@ class Plan:
     def training(self, steps: int) -> dict[str, Any]:
         """What makes two runs of `steps` steps comparable."""
         found = asdict(self) | {"steps": steps, "clip": CLIP, "final_learning_rate": FINAL}
-        other = ("sweep_steps", "longer_steps", "seeds", "rates", "most_rates")
+        other = ("sweep_steps", "seeds", "rates", "most_rates")
         return {name: value for name, value in found.items() if name not in other}
 
 

@@ -1,7 +1,8 @@
 """RWKV-4, 5, 6, 7 and a Llama at equal parameters and equal tokens: bits per byte, speed, memory.
 
-python experiments/architecture_comparison/run.py            # about 70 minutes on a core that it shares
-python experiments/architecture_comparison/run.py --quick    # tiny models, one seed, under 2 minutes in all
+python experiments/architecture_comparison/run.py                 # 2 million tokens a run: two hours on one core
+python experiments/architecture_comparison/run.py --plan short    # 0.2 million tokens a run: about 15 minutes
+python experiments/architecture_comparison/run.py --plan quick    # tiny models, one seed, under 2 minutes in all
 
 Every finished piece (a training run, a measurement) stays in --runs; a second run, also after Ctrl-C, goes on from
 there. The result is written anew after each. Needs `pip install transformers` beside "wkv[train]".
@@ -13,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,18 @@ from report import circumstances, labelled, show, summary, table
 from wkv.files import replacing
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("sweep", "train", "speed", "memory", "longer")
-LONGER_NAMES = ("rwkv4", "rwkv7", LLAMA)
+STAGES = ("sweep", "train", "speed", "memory")
 
-FULL = Plan(
-    Size(layers=4, width=128, vocabulary=2048), context=256, rows=2, steps=400, sweep_steps=160, warmup=20,
-    longer_steps=800, rates=(2e-3, 4e-3, 8e-3), most_rates=5, seeds=(0, 1, 2),
-    test_bytes=60_000, validation_bytes=24_000,
+LONG = Plan(
+    Size(layers=4, width=128, vocabulary=2048), context=256, rows=4, steps=2000, sweep_steps=200, warmup=50,
+    rates=(2e-3, 4e-3, 8e-3), most_rates=5, seeds=(0, 1, 2), test_bytes=60_000, validation_bytes=24_000,
 )  # fmt: skip
+SHORT = replace(LONG, rows=2, steps=400, sweep_steps=160, warmup=20)
 QUICK = Plan(
-    Size(layers=2, width=64, vocabulary=512), context=64, rows=4, steps=30, sweep_steps=10, warmup=3, longer_steps=40,
+    Size(layers=2, width=64, vocabulary=512), context=64, rows=4, steps=30, sweep_steps=10, warmup=3,
     rates=(4e-3, 1.6e-2), most_rates=2, seeds=(0,), test_bytes=4_000, validation_bytes=2_000, documents=40,
 )  # fmt: skip
+PLANS = {"long": LONG, "short": SHORT, "quick": QUICK}
 
 
 @dataclass(frozen=True)
@@ -163,22 +164,14 @@ class Experiment:
                     sys.exit(f"no learning rate is known for {name}: run the stage sweep first")
                 self.run(name, seed, *choice)
 
-    def longer(self) -> None:
-        """Does more training change the order? The first seed of some contenders with more steps."""
-        for name in LONGER_NAMES:
-            choice = self.choice(name)
-            assert choice is not None
-            self.run(name, self.plan.seeds[0], *choice, longer=True)
-
-    def run_settings(self, name: str, seed: int, variant: str, rate: float, longer: bool = False) -> dict[str, Any]:
+    def run_settings(self, name: str, seed: int, variant: str, rate: float) -> dict[str, Any]:
         """What a run depends on."""
         other = {"variant": variant} if variant != name else {}
-        steps = self.plan.longer_steps if longer else self.plan.steps
-        return {"rate": rate, "seed": seed, **other, **self.plan.training(steps)}
+        return {"rate": rate, "seed": seed, **other, **self.plan.training(self.plan.steps)}
 
-    def run(self, name: str, seed: int, variant: str, rate: float, longer: bool = False) -> None:
+    def run(self, name: str, seed: int, variant: str, rate: float) -> None:
         """One run and its bits per byte."""
-        settings = self.run_settings(name, seed, variant, rate, longer)
+        settings = self.run_settings(name, seed, variant, rate)
 
         def make() -> dict[str, Any]:
             what = f"{variant}, seed {seed}"
@@ -188,21 +181,13 @@ class Experiment:
             show(f"{what}: {facts['bits_per_byte']}, {facts['seconds']:.0f} s\n")
             return {"name": name, "variant": variant, "seed": seed, "learning_rate": rate, **facts}
 
-        self.pieces.get(f"{'longer' if longer else 'run'}-{name}-{seed}", settings, make)
+        self.pieces.get(f"run-{name}-{seed}", settings, make)
 
     def runs(self) -> list[dict[str, Any]]:
         """All finished runs, by seed and contender."""
         choices = {name: choice for name in NAMES if (choice := self.choice(name)) is not None}
         keys = [(name, seed, *choice) for seed in self.plan.seeds for name, choice in choices.items()]
         found = [self.pieces.find(f"run-{key[0]}-{key[1]}", self.run_settings(*key)) for key in keys]
-        return [run for run in found if run is not None]
-
-    def longer_runs(self) -> list[dict[str, Any]]:
-        """Those of the stage longer."""
-        seed = self.plan.seeds[0]
-        choices = {name: choice for name in LONGER_NAMES if (choice := self.choice(name)) is not None}
-        settings = {name: self.run_settings(name, seed, *choice, longer=True) for name, choice in choices.items()}
-        found = [self.pieces.find(f"longer-{name}-{seed}", each) for name, each in settings.items()]
         return [run for run in found if run is not None]
 
     # ---- measurements ----
@@ -262,7 +247,6 @@ class Experiment:
             "training_memory": peaks if all(all(row.values()) for row in peaks.values()) else {},
             "generation_memory": self.pieces.find("generation", settings),
             "runs": runs,
-            "longer": self.longer_runs(),
         }
 
     def write(self) -> dict[str, Any]:
@@ -289,21 +273,24 @@ def _beyond_edge(tried: dict[float, float | None]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models; results go to --runs, not here")
+    parser.add_argument("--plan", choices=list(PLANS), default="long", help="quick: results go to --runs, not here")
     parser.add_argument("--runs", type=Path, default=None, help="folder of finished pieces")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="all by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    plan, measures = (QUICK, QUICK_MEASURES) if options.quick else (FULL, Measures())
+    plan, measures = PLANS[options.plan], QUICK_MEASURES if options.plan == "quick" else Measures()
     if options.peak:
         training_peak(options.peak[0], plan.size, int(options.peak[1]))
         return
     build(LLAMA, plan.size, 0)  # if transformers is missing, say so now
-    folder = options.runs or Path("runs") / f"architecture_comparison{'_quick' * options.quick}"
-    arguments = ["--quick"] * options.quick + ["--threads", str(options.threads)] * (options.threads != 1)
-    experiment = Experiment(plan, measures, folder, folder if options.quick else HERE, arguments)
+    folder = options.runs or Path("runs") / f"architecture_comparison_{options.plan}"
+    out = {"long": HERE, "short": HERE / "short", "quick": folder}[options.plan]
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = ["--plan", options.plan] * (options.plan != "long")
+    arguments += ["--threads", str(options.threads)] * (options.threads != 1)
+    experiment = Experiment(plan, measures, folder, out, arguments)
     try:
         for stage in STAGES:
             if stage in options.stages:
