@@ -44,6 +44,12 @@ def test_continuing_and_preparing_examples(tmp_path: Path) -> None:
     assert "4 steps of" in output
 
 
+def test_finetuning_example(tmp_path: Path) -> None:
+    output = run("finetune_on_chats.py", "tuned", "train.epochs=0.5", cwd=tmp_path)
+    assert "User: What do you say about the weather?\nAssistant: " in output
+    assert (tmp_path / "tuned/run/best.safetensors").is_file()
+
+
 def test_long_document_example(tmp_path: Path) -> None:
     assert "cosine of the two gradients" in run("long_document.py", cwd=tmp_path)
 

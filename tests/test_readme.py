@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -36,8 +37,10 @@ def run(words: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder after the demo."""
+    """A user's folder with conversations, after the demo."""
     folder = tmp_path_factory.mktemp("readme")
+    chats = [{"prompt": f"What is {i}?", "response": "A number."} for i in range(24)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     if (ROOT / ".venv" / ".train").is_file() and shutil.which("make"):
         run(["make", "demo", f"DEMO=--out {folder}/runs/demo {QUICK}"], ROOT)
     else:

@@ -25,7 +25,7 @@ _PUBLIC = {
 }
 _MODULES = (
     "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "native", "ops", "quantization",
-    "registry", "starter", "state", "tokenizers", "training",
+    "registry", "starter", "state", "tokenizers", "training", "tuning",
 )  # fmt: skip
 
 __all__ = [*_PUBLIC, "__version__", *_MODULES]
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from wkv import starter as starter
     from wkv import tokenizers as tokenizers
     from wkv import training as training
+    from wkv import tuning as tuning
     from wkv.checkpoints import load_model as load_model
     from wkv.checkpoints import save_model as save_model
     from wkv.errors import WkvError as WkvError

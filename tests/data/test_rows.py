@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from wkv.data import Document, Fields, build_cache, iter_documents, load_documents, split_held_out
-from wkv.errors import DataError
+from wkv.errors import DataError, WkvError
 from wkv.tokenizers import ByteTokenizer
 
 CHAT = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
@@ -48,6 +48,44 @@ def test_fields_have_the_names_one_gives_them() -> None:
         Fields(text="")
 
 
+SHAREGPT = [
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "Hi!"},
+    {"from": "gpt", "value": "Hello."},
+]
+
+
+def test_known_columns_of_other_collections() -> None:
+    alpaca = {"instruction": "Sort.", "input": "b a", "output": "a b", "text": "Below is an instruction ..."}
+    rows = [{"conversations": SHAREGPT}, alpaca, {**alpaca, "input": ""}, {**alpaca, "input": None},
+            {"prompt": "Sort.", "input": "b a", "response": "a b"},
+            {"instruction": "Sort.", "text": "a text"}]  # fmt: skip
+    documents = load_documents(rows)
+    assert [document.text for document in documents] == [
+        "System: Be kind.\n\nUser: Hi!\n\nAssistant: Hello.",
+        "User: Sort.\nb a\n\nAssistant: a b",
+        *["User: Sort.\n\nAssistant: a b"] * 2,
+        "User: Sort.\nb a\n\nAssistant: a b",
+        "a text",
+    ]
+    fields = Fields(prompt="q", response="a", input="context", template="instruction")
+    own = {"q": "Sort.", "context": "b a", "a": "a b"}
+    for document in load_documents([own, alpaca], fields):
+        assert document.text == "Instruction: Sort.\n\nInput: b a\n\nResponse: a b"
+
+
+def test_templates_and_thoughts_are_chosen_by_name() -> None:
+    row = {"prompt": "Hi!", "response": "Hello."}
+    assert load_documents([row], Fields(template="question"))[0].text == "Question: Hi!\n\nAnswer: Hello."
+    assert load_documents([row], Fields(think="fake"))[0].text == "User: Hi!\n\nAssistant: <think>\n</think>\nHello."
+    with pytest.raises(WkvError, match="template must be one of chat, question, instruction, found 'alpaca'"):
+        Fields(template="alpaca")
+    with pytest.raises(WkvError, match="'question' knows no thoughts"):
+        Fields(template="question", think="on")
+    with pytest.raises(DataError, match="row 1: the template 'question' has no system message"):
+        load_documents([{"conversations": SHAREGPT}], Fields(template="question"))
+
+
 def test_a_folder_may_mix_texts_and_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "b.jsonl", [{"text": "second"}, {"text": "third"}])
     (tmp_path / "a.txt").write_text("first")
@@ -72,6 +110,10 @@ def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:
         (b'["text"]', "line 2: a row must be an object with named fields, found list"),
         (b'{"txt": "a"}', r"line 2: no field 'messages', 'prompt' with 'response', or 'text'; found 'txt'"),
         (b'{"prompt": "a"}', "line 2: no field"),
+        (b'{"txt": "a"}', "nor 'conversations', nor 'instruction' with 'output'; name yours, as in Fields"),
+        (b'{"conversations": [{"from": "bing", "value": "a"}]}', r"line 2: the roles .*; message 1 \(bing\) is out of"),
+        (b'{"conversations": [{"role": "user"}]}', "line 2: message 1 has no field 'from'; name yours in Fields"),
+        (b'{"instruction": "a", "input": [], "output": "b"}', "line 2: field 'input' must be a text, found list"),
         (b'{"text": 3}', "line 2: field 'text' must be a text, found int"),
         (b'{"messages": "a"}', "line 2: field 'messages' must be a list of messages, found str"),
         (b'{"messages": [1]}', "line 2: field 'messages' must be a list"),
@@ -86,7 +128,7 @@ def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=rf"rows\.jsonl, {message}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl, .*{message}"):
         load_documents(path)
 
 

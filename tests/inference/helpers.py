@@ -83,6 +83,7 @@ class ScriptModel(nn.Module):
         self.emb = nn.Embedding(1, 1)
         self.tokenizer: Any = None
         self.tuned_state: Any = None
+        self.initial_state: Any = None
         self.scripts = script if isinstance(script, Mapping) else {}
         self.script = [] if isinstance(script, Mapping) else list(script)
         self.prompt_length = prompt_length

@@ -18,9 +18,9 @@ from tests.inference.helpers import (
     tiny_model,
     was_read,
 )
+from wkv.data.templates import TEMPLATES, find_template
 from wkv.errors import CheckpointError, WkvError
 from wkv.inference import Chat, Sampler
-from wkv.inference.chat import clean, format_system, format_turn
 from wkv.state import State
 
 GREEDY = Sampler(temperature=0)
@@ -37,7 +37,8 @@ class Answers(ScriptModel):
     def forward_features(self, tokens: Any, state: Any = None, mask: Any = None) -> Any:
         """A forward pass over a whole turn starts the next answer."""
         hidden, state = super().forward_features(tokens, state, mask)
-        if "Assistant:" in self.tokenizer.decode(tokens[0].tolist()):
+        read = self.tokenizer.decode(tokens[0].tolist())
+        if any(template.answer in read for template in TEMPLATES.values()):
             self.script = next(self.answers)
             self.prompt_length = int(hidden[0, -1, 0])
         return hidden, state
@@ -58,14 +59,6 @@ def transcript(chat: Chat) -> str:
     return chat.tokenizer.decode(was_read(chat.state))
 
 
-def test_text_is_cleaned() -> None:
-    assert clean("  one\r\n\r\n\ntwo\nthree\n\n ") == "one\ntwo\nthree"
-    assert format_system(" Be\n\nkind. ") == "System: Be\nkind.\n\n"
-    assert format_turn("a\n\n\nb ") == "User: a\nb\n\nAssistant:"
-    assert format_turn("a", "on") == "User: a\n\nAssistant: <think"
-    assert format_turn("a (think a bit)", "fake") == "User: a (think a bit)\n\nAssistant: <think>\n</think"
-
-
 @pytest.mark.parametrize(
     "pieces",
     [(), ("\n\n", "User"), ("d.\n", "\nUser:"), ("d.\n\nUser",), ("\n\nUser:", "?\n\nU"), ("Hello there. Good",)],
@@ -78,10 +71,24 @@ def test_the_state_has_read_the_transcript(pieces: tuple[str, ...]) -> None:
     assert chat.send("And?").text == "What?"
     assert transcript(chat) == first + "User: And?\n\nAssistant: What?\n\n"
     model: Any = chat.model
-    prompts = [format_system("Be brief.") + format_turn("Hi!"), format_turn("And?")]
+    form = find_template("chat")
+    prompts = [form.opening("Be brief.") + form.turn("Hi!"), form.turn("And?")]
     # Remainders and separators are shorter.
     read_at_once = [length for _, length in model.calls if length > 5]
     assert read_at_once == [len(chat.tokenizer.encode(prompt)) for prompt in prompts], "the history is not read again"
+
+
+def test_other_templates_have_other_labels_and_ends() -> None:
+    chat = talker(" Yes. User: me.\n\nQuestion:", " No.$", template="question", pieces=("\n\nQ",))
+    assert [chat.send(text).text for text in ("Is it?", "Was it?")] == ["Yes. User: me.", "No."]
+    assert transcript(chat) == "Question: Is it?\n\nAnswer: Yes. User: me.\n\nQuestion: Was it?\n\nAnswer: No.\n\n"
+    chat = talker(" A b.\n\nInstruction:", " C.$", template="instruction")
+    stream = chat.send("Sort.", stream=True, input_text="b\n\n a")
+    assert "".join(stream) == "A b." == stream.reply.text
+    chat.send("Go on.")
+    assert transcript(chat) == (
+        "Instruction: Sort.\n\nInput: b\n a\n\nResponse: A b.\n\nInstruction: Go on.\n\nResponse: C.\n\n"
+    )
 
 
 @pytest.mark.parametrize("ending", ["$", "\n$", "\n\n$", "\n\nUser:", "\n\nSystem: you"])
@@ -125,10 +132,11 @@ def test_thinking() -> None:
     assert "".join(stream) == "<think>\nHm.\n</think>\nFour."
     assert (stream.reply.text, stream.reply.thoughts) == ("Four.", "Hm.")
     assert transcript(chat) == "User: 2+2?\n\nAssistant: <think>\nHm.\n</think>\nFour.\n\n"
-    chat = talker(">\nFour.$", think="fake")
-    stream = chat.send("2+2?", stream=True)
-    assert "".join(stream) == "Four." == stream.reply.text
-    assert transcript(chat) == "User: 2+2?\n\nAssistant: <think>\n</think>\nFour.\n\n"
+    for think, thought in (("fake", "<think>\n</think>"), ("empty", "<think></think>")):
+        chat = talker(">\nFour.$", think=think)
+        stream = chat.send("2+2?", stream=True)
+        assert "".join(stream) == "Four." == stream.reply.text
+        assert transcript(chat) == f"User: 2+2?\n\nAssistant: {thought}\nFour.\n\n"
     reply = talker(" <think>By itself.</think> Four.$").send("2+2?")
     assert (reply.text, reply.thoughts) == ("Four.", "By itself.")
     unfinished = talker(">Still at it", think="on", max_tokens=5).send("2+2?")
@@ -177,6 +185,12 @@ def test_bad_messages_and_options() -> None:
     for message in bad:
         with pytest.raises(WkvError, match="a message must be a text that is not empty"):
             chat.send(message)
-    with pytest.raises(WkvError, match="think must be one of none, fake, on, found 'deep'"):
+    with pytest.raises(WkvError, match="think must be one of none, fake, empty, on, found 'deep'"):
         Chat(tiny_model(), think="deep")
+    with pytest.raises(WkvError, match="template must be one of chat, question, instruction, found 'raven'"):
+        Chat(tiny_model(), template="raven")
+    with pytest.raises(WkvError, match="'question' has no system message"):
+        Chat(tiny_model(), "Be brief.", template="question")
+    with pytest.raises(WkvError, match="'instruction' knows no thoughts"):
+        Chat(tiny_model(), think="on", template="instruction")
     assert not torch.is_inference_mode_enabled()

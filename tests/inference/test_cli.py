@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_errors_are_one_clear_line(model_file: str, tmp_path: Path) -> None:
     assert "dtype 'int3'" in failed("generate", model_file, "x", "--dtype", "int3")
     assert "nowhere" in failed("generate", tmp_path / "nowhere.pth", "x")
     assert "think must be one of" in failed("chat", model_file, "--think", "much")
+    assert "template must be one of" in failed("chat", model_file, "--template", "raven")
     assert run("generate").exit_code == 2
 
 
@@ -159,6 +161,9 @@ def test_a_conversation_from_a_pipe(model_file: str, tmp_path: Path) -> None:
     )
     assert first.strip() == chat.send("Hello").text
     assert State.load(state).batch_size == 1
+    asked = made("chat", model_file, "--max-tokens", 8, "--seed", 2, "--template", "instruction", stdin="Hello")
+    chat = Chat(tiny_model(), sampler=replace(chat.sampler, seed=2), max_tokens=8, template="instruction")
+    assert asked.stdout.removeprefix("Assistant: ").strip() == chat.send("Hello").text != first.strip()
 
 
 def test_conversation_errors(model_file: str, tmp_path: Path) -> None:

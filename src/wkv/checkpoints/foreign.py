@@ -21,7 +21,8 @@ _KEYS = {
     r"\.tiny_": ("an RWKV with the research option of tiny attention", _NOT_YET),
     r"\.att\.(qq|kk|vv|oo)\b": ("RWKV-4a (tiny attention)", _NOT_YET),
     r"^(token_embd|blk\.\d+)\.": ("named as in GGUF", "load the .gguf file itself"),
-    r"(^|\.)lora_[AB]\b|\.bone$|^base_model\.": ("an adapter (LoRA or alike), not a model", "merge it first"),
+    r"(^|\.)lora_[AB]\b|\.(bone(_[AB]|_block)?|disha|miss_block)$|^base_model\.": (
+        "an adapter (LoRA or alike), not a model", "load the model, then mount it with wkv.tuning.import_adapter"),
     r"^rwkv\.(embeddings|blocks)\.": ("RWKV-4 in the names of transformers", "wkv cannot read them yet; " + _OFFICIAL),
     r"^(model\.)?(embeddings|embed_tokens|layers\.\d+)\.": (
         "named as in Hugging Face transformers or fla", "wkv cannot read that layout yet; " + _OFFICIAL),

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from wkv.checkpoints.archive import FLOATS, Stored, type_name
 from wkv.checkpoints.files import Source, open_archive
-from wkv.checkpoints.recognise import Checkpoint, build, compare, fits, recognise
+from wkv.checkpoints.recognise import Checkpoint, build, compare, recognise
+from wkv.checkpoints.tuned import tuned_state
 from wkv.errors import TokenizerError, WkvError
 from wkv.layers.language_model import LanguageModel
-from wkv.state import State
 
 
 def load_model(
@@ -50,7 +50,9 @@ def load_model(
         raise checkpoint.archive.error(f"recognised as {checkpoint.title}, but {problems}")
     place = functools.partial(_materialise, dtype=dtype or checkpoint.dtype, device=device)
     shapes = {key: value.shape for key, value in model.state_dict().items() if key not in quantized}
-    tuned, tokenizer = _tuned_state(checkpoint, model, place), read_tokenizer(checkpoint)
+    empty = model.init_state(1, device, dtype or checkpoint.dtype) if checkpoint.tuned else None
+    tuned = None if empty is None else tuned_state(checkpoint, empty)
+    tokenizer = read_tokenizer(checkpoint)
     if quantized:
         place = functools.partial(_mapped, dtype=dtype, device=device)
     values = {key: place(checkpoint.tensors[key], shape) for key, shape in shapes.items()}
@@ -108,38 +110,3 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any:
         return tokenizers.from_dict(checkpoint.tokenizer)
     except TokenizerError as error:
         raise checkpoint.archive.error(f"its tokenizer cannot be read: {error}") from error
-
-
-_TUNED_SLOTS = {"att.time_state": "wkv", "att.ts_state": "att_shift", "ffn.ts_state": "ffn_shift"}
-
-
-def _tuned_state(checkpoint: Checkpoint, model: LanguageModel, place: Any) -> State | None:
-    """The tuned initial state as a `State` of one sequence; what was not tuned is zero.
-
-    The files keep [H, N_value, N_key] for every version, as `State` does, so nothing is transposed.
-    """
-    tuned = dict(checkpoint.tuned)
-    if not tuned:
-        return None
-    state = model.init_state(1, device=place.keywords["device"], dtype=place.keywords["dtype"])
-    names = sorted({key.split(".", 2)[2] for key in tuned})
-    for layer, values in enumerate(state.layers):
-        for name in names:
-            key, slot = f"blocks.{layer}.{name}", _TUNED_SLOTS[name]
-            values[slot] = _tuned_tensor(checkpoint, key, tuned.pop(key, None), values.get(slot), place)
-    for key in tuned:
-        raise checkpoint.archive.error(f"unexpected {key}: the model has {len(state.layers)} layers")
-    return state
-
-
-def _tuned_tensor(checkpoint: Checkpoint, key: str, stored: Stored | None, blank: Tensor | None, place: Any) -> Tensor:
-    error = checkpoint.archive.error
-    if stored is None:
-        raise error(f"missing {key}: other layers have a tuned state, this one has none")
-    if blank is None:
-        raise error(f"unexpected {key}: {checkpoint.title} has no such state")
-    if stored.dtype is None or not fits(stored.shape, tuple(blank.shape)):
-        found = f"shape {list(stored.shape)} and type {stored.kind}"
-        raise error(f"{key} has {found}, expected floating numbers {list(blank.shape[1:])}")
-    result: Tensor = place(stored, blank.shape, dtype=blank.dtype)
-    return result

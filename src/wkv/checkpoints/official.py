@@ -74,6 +74,14 @@ LAYER_SHAPES = {
     "rwkv7a": {**_EVERY_5, **_MIX_7, **_DEEP_EMBED},
 }
 
+# Initial states that state tuning has learned: key within a layer -> slot of the model's state. The files keep
+# [H, N_value, N_key] for every version, as `State` does, and [C] for token shift. Nobody else tunes RWKV-4: its names
+# are ours.
+TUNED_SLOTS = {
+    "att.time_state": "wkv", "att.ts_state": "att_shift", "ffn.ts_state": "ffn_shift",
+    "att.num_state": "num", "att.den_state": "den", "att.max_state": "max",
+}  # fmt: skip
+
 _LAYER_KEY = re.compile(r"^blocks\.(0|[1-9]\d{0,5})\.(.+)$", re.DOTALL)
 
 
@@ -81,6 +89,12 @@ def split_key(key: str) -> tuple[int, str] | None:
     """ "blocks.3.att.key.weight" -> (3, "att.key.weight"); None for keys outside the layers."""
     match = _LAYER_KEY.match(key)
     return (int(match[1]), match[2]) if match else None
+
+
+def is_tuned_key(key: str) -> bool:
+    """Whether `key` is that of a tuned initial state, such as "blocks.3.att.time_state"."""
+    parts = split_key(key)
+    return parts is not None and parts[1] in TUNED_SLOTS
 
 
 def symbolic_shape(name: str, key: str) -> list[str] | None:

@@ -15,15 +15,13 @@ from torch import Tensor
 from wkv.checkpoints import detect
 from wkv.checkpoints.archive import NOT_STORED, Archive, Stored, listing, printable
 from wkv.checkpoints.foreign import refuse_foreign, refuse_variants
-from wkv.checkpoints.official import FIELDS, TITLES, official_keys
+from wkv.checkpoints.official import FIELDS, TITLES, is_tuned_key, official_keys
 from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
 from wkv.layers.meta import without_values
 from wkv.registry import create_config, entry
 
 _PREFIX = re.compile(r"^((_forward_module|module|_orig_mod)\.|model\.(?=(emb|blocks|ln_out|head)\.))+")
-# Initial states that state tuning has learned: shape [H, N_value, N_key], and [C] for token shift.
-_TUNED = re.compile(r"^blocks\.\d+\.(att\.time_state|att\.ts_state|ffn\.ts_state)$")
 
 
 @dataclass
@@ -72,8 +70,8 @@ def recognise(archive: Archive) -> Checkpoint:
     if "wkv" in archive.metadata:
         return _from_description(archive)
     refuse_foreign(archive)
-    tensors = _without_prefixes(archive)
-    tuned = {key: tensors.pop(key) for key in list(tensors) if _TUNED.match(key)}
+    tensors = without_prefixes(archive)
+    tuned = {key: tensors.pop(key) for key in list(tensors) if is_tuned_key(key)}
     if tuned and not tensors:
         raise archive.error("a tuned state without its model; pass both files as a list: load_model([model, state])")
     if not any(key in tensors for key in ("emb.weight", "head.weight")):
@@ -89,7 +87,12 @@ def recognise(archive: Archive) -> Checkpoint:
     return checkpoint
 
 
-def _without_prefixes(archive: Archive) -> dict[str, Stored]:
+def without_prefixes(archive: Archive) -> dict[str, Stored]:
+    """The tensors under their names without what trainers and wrappers put before them.
+
+    Raises:
+        CheckpointError: if two then have the same name.
+    """
     tensors: dict[str, Stored] = {}
     for key, stored in archive.tensors.items():
         short = _PREFIX.sub("", key)
@@ -172,7 +175,7 @@ def _from_description(archive: Archive) -> Checkpoint:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise archive.error(f"its metadata 'wkv' does not describe a model ({error})") from error
     tensors = dict(archive.tensors)
-    tuned = {key: tensors.pop(key) for key in list(tensors) if _TUNED.match(key)}
+    tuned = {key: tensors.pop(key) for key in list(tensors) if is_tuned_key(key)}
     # A damaged description must not make us build a model that the file cannot hold.
     limit = max(2, sum(stored.numel for stored in tensors.values()))
     for key, value in fields.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wkv.checkpoints.gguf_saving import Recipe, recipe, save_gguf
 from wkv.checkpoints.loading import parse_dtype
+from wkv.checkpoints.tuned import tuned_tensors
 from wkv.errors import WkvError
 from wkv.files import replacing
 from wkv.layers.language_model import LanguageModel
@@ -139,8 +140,18 @@ def _description(model: LanguageModel) -> dict[str, Any]:
 
 
 def _check_model(model: LanguageModel) -> None:
+    from wkv.quantization.frozen import is_frozen
+
     if not isinstance(model, LanguageModel):
         raise WkvError(f"save_model takes a model of this library, found {type(model).__name__}")
+    unmerged = next((adapter for adapter in model.adapters.values() if not adapter.is_merged), None)
+    if unmerged is not None:
+        raise WkvError(
+            f"the model carries the adapter {unmerged.name!r}: merge it into the model, remove it, or save the adapter "
+            "alone with its own method save"
+        )
+    if is_frozen(model):
+        raise WkvError("the model's base is frozen in blocks: save the adapter alone, or thaw(model)")
 
 
 def _tensors(model: LanguageModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -149,7 +160,8 @@ def _tensors(model: LanguageModel, dtype: torch.dtype | None) -> dict[str, Tenso
 
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for key, value in {**stored_tensors(model), **_tuned_state(model)}.items():
+    tuned = {} if model.tuned_state is None else tuned_tensors(model.tuned_state)
+    for key, value in {**stored_tensors(model), **tuned}.items():
         if value.is_meta:
             raise WkvError(f"{key} has no values (it is on the meta device); load or initialise the model first")
         kept = key.endswith(".weight.scale") or not value.is_floating_point()
@@ -160,22 +172,6 @@ def _tensors(model: LanguageModel, dtype: torch.dtype | None) -> dict[str, Tenso
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
-    return tensors
-
-
-def _tuned_state(model: LanguageModel) -> dict[str, Tensor]:
-    """What `load_model` found as tuned initial state, under the names it came from."""
-    state = model.tuned_state
-    if state is None:
-        return {}
-    tensors = {}
-    for layer, values in enumerate(state.layers):
-        prefix = f"blocks.{layer}."
-        if "wkv" in values:
-            tensors[prefix + "att.time_state"] = values["wkv"][0]
-        for slot, name in (("att_shift", "att.ts_state"), ("ffn_shift", "ffn.ts_state")):
-            if any(bool(other[slot].any()) for other in state.layers):
-                tensors[prefix + name] = values[slot][0]
     return tensors
 
 

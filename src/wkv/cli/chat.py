@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from wkv.cli.generate import DEVICE, DTYPE, MAPPED, MIN_P, MODEL, SEED, STATE, TEMPERATURE, TOKENIZER, TOP_K, TYPICAL_P
+from wkv.cli.generate import (
+    ADAPTER,
+    DEVICE,
+    DTYPE,
+    MAPPED,
+    MIN_P,
+    MODEL,
+    SEED,
+    STATE,
+    TEMPERATURE,
+    TOKENIZER,
+    TOP_K,
+    TYPICAL_P,
+    mount,
+)
 from wkv.errors import WkvError
 
 if TYPE_CHECKING:
@@ -25,7 +39,8 @@ HELP = """/reset      forget the conversation
 def chat(
     model: str = MODEL,
     system: str | None = typer.Option(None, help="How the model is to behave."),
-    think: str = typer.Option("none", help="none, fake or on: whether a G1 model thinks before it answers."),
+    think: str = typer.Option("none", help="none, fake, empty or on: whether a G1 model thinks before it answers."),
+    template: str = typer.Option("chat", help="The prompt format: chat, question or instruction."),
     max_tokens: int = typer.Option(1000, help="Longest answer."),
     temperature: float = TEMPERATURE,
     top_k: int = TOP_K,
@@ -39,9 +54,10 @@ def chat(
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     state: Path | None = STATE,
+    adapter: Path | None = ADAPTER,
     mapped: bool = MAPPED,
 ) -> None:
-    """Talk with a model in the World prompt format. Reads one message per line, also from a pipe."""
+    """Talk with a model in a World prompt format. Reads one message per line, also from a pipe."""
     import wkv
     from wkv.inference import Chat, Sampler
     from wkv.inference.huge_pages import use_huge_pages
@@ -51,10 +67,11 @@ def chat(
         temperature, top_k, top_p, min_p, typical_p, presence_penalty, frequency_penalty, seed=seed
     )  # fmt: skip
     loaded = wkv.load_model(model, dtype=dtype, device=device)
+    mount(loaded, adapter)
     give_back_libraries()
     if not mapped:
         use_huge_pages(loaded)
-    conversation = Chat(loaded, system, sampler, think, max_tokens, tokenizer)
+    conversation = Chat(loaded, system, sampler, think, max_tokens, tokenizer, template)
     if state is not None:
         conversation.load(state)
     talk(conversation, interactive=sys.stdin.isatty())

@@ -73,11 +73,12 @@ def _remove(out: Path) -> None:
 
 def _compare(console: Console, recipe: Recipe, result: Result) -> None:
     from wkv.cli.train import say
-    from wkv.data import load_documents
+    from wkv.data import Document, load_documents
     from wkv.training.source import divide
 
     _, held_out = divide(load_documents(recipe.data.source, recipe.data.fields.fields()), recipe.data)
-    text = b"".join(part.encode() if isinstance(part, str) else part for part in held_out)
+    texts = [part.text if isinstance(part, Document) else part for part in held_out]
+    text = b"".join(part.encode() if isinstance(part, str) else part for part in texts)
     if not text:
         return
     packed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)

@@ -29,6 +29,7 @@ TOKENIZER = typer.Option(None, help='"world", "bytes" or a tokenizer.json; by de
 DTYPE = typer.Option(None, help="float32, bfloat16 or float16; by default that of the file.")
 DEVICE = typer.Option(None, help='Where to run, such as "cpu" or "cuda".')
 STATE = typer.Option(None, help="Go on from a state file.")
+ADAPTER = typer.Option(None, help="An adapter of this model, as `wkv finetune` makes them.")
 MAPPED = typer.Option(False, "--mapped", help="Leave the weights in the mapped file: slower, shared between processes.")
 
 
@@ -66,6 +67,7 @@ def generate(
     logprobs: int = typer.Option(0, help="Report so many alternatives per token (prints JSON)."),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON per continuation."),
     num: int = typer.Option(1, "--num", "-n", min=1, help="Number of continuations."),
+    adapter: Path | None = ADAPTER,
     mapped: bool = MAPPED,
 ) -> None:
     """Continue a prompt. Text goes to standard output, speed to standard error.
@@ -87,6 +89,7 @@ def generate(
     )  # fmt: skip
     check_folder(save_state)
     loaded = wkv.load_model(source, dtype=dtype, device=device)
+    mount(loaded, adapter)
     give_back_libraries()
     if not mapped:
         use_huge_pages(loaded)
@@ -126,6 +129,18 @@ def looks_like_a_path(text: str) -> bool:
     one_word = not any(character.isspace() for character in text)
     begins = text.startswith(tuple(f"{start}{mark}" for start in ("", ".", "..", "~") for mark in separators))
     return text.endswith((*SUFFIXES, ".json")) or begins or (one_word and bool(separators & set(text)))
+
+
+def mount(model: LanguageModel, adapter: Path | None) -> None:
+    """Put an adapter on the model, or, where its weights can take it up, into it: that is faster."""
+    if adapter is None:
+        return
+    from wkv import tuning
+    from wkv.quantization import is_quantized
+
+    mounted = tuning.load(adapter, model)
+    if mounted.mergeable and not is_quantized(model):
+        mounted.merge()
 
 
 def load_state(model: LanguageModel, path: Path | None, rows: int) -> State | None:

@@ -72,22 +72,22 @@ def _plan(source: str | None, overrides: list[str], recipe: str, out: Path | Non
     if resume:
         folder = out or Path(load_recipe(recipe).out or f"runs/{Path(recipe).stem}")
         return resume_recipe(folder, overrides), folder
-    changes = overrides if source is None else [*overrides, f"data.source={_quoted(source)}"]
+    changes = overrides if source is None else [*overrides, f"data.source={quoted(source)}"]
     plan = load_recipe(recipe, changes)
-    default = plan.out or f"runs/{Path(recipe).stem}" if source is None else f"runs/{_name(source)}"
+    default = plan.out or f"runs/{Path(recipe).stem}" if source is None else f"runs/{source_name(source)}"
     if not default.strip():
         raise RecipeError("out: the recipe names no run folder; give one with --out")
     return plan, out or Path(default)
 
 
-def _name(source: str) -> str:
+def source_name(source: str) -> str:
     """What a run is called after its source."""
     if source.startswith("hf:"):
         return source.removeprefix("hf:").replace(":", "-").replace("/", "-")
     return Path(source).stem
 
 
-def _quoted(source: str) -> str:
+def quoted(source: str) -> str:
     """As a YAML string, whatever characters the path has."""
     return "'" + source.replace("'", "''") + "'"
 

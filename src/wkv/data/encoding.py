@@ -21,8 +21,14 @@ class Encoded(NamedTuple):
 def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
     """The ids of a document, with `tokenizer.eos_id` at its end if there is one, else the document's `closing`.
 
-    Parts are tokenised each by itself: `encode(a) + encode(b)` is in general not `encode(a + b)`.
+    Parts are tokenised each by itself: `encode(a) + encode(b)` is in general not `encode(a + b)`. With `document.keep`
+    ids and what counts are cut after that many, so that the end is missing.
     """
+    ids, counts = _whole(document, tokenizer)
+    return Encoded(ids[: document.keep], None if counts is None else counts[: document.keep])
+
+
+def _whole(document: Document, tokenizer: Tokenizer) -> Encoded:
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if not document.parts:
         return Encoded(_with_end(_encode(document.text, tokenizer), end), None)

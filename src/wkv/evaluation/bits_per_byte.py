@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wkv.data.document import Document
+from wkv.data.encoding import encode_document
 from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State
 from wkv.tokenizers import Tokenizer
 
+Text = str | bytes | Document
+Counts = Any  # array of bool [N], or None
+
+
+def scored_bytes(text: Text) -> int:
+    """Bytes that `bits_per_byte` charges: all of a text, of a conversation the answers."""
+    if isinstance(text, Document) and text.parts:
+        return sum(len(part.text[: part.counts].encode()) for part in text.parts)
+    whole = text.text if isinstance(text, Document) else text
+    return len(whole.encode() if isinstance(whole, str) else whole)
+
 
 def bits_per_byte(
     model: LanguageModel,
-    documents: Sequence[str | bytes],
+    documents: Sequence[Text],
     tokenizer: Tokenizer | None = None,
     batch_size: int = 16,
     segment: int = 256,
@@ -27,7 +42,8 @@ def bits_per_byte(
     Args:
         model: any registered model; it is put into evaluation mode for the time of the call.
         documents: texts. Each starts with an empty state and one end-of-text id; without such an id in the
-            vocabulary, its first token is charged `log2(V)` bits.
+            vocabulary, its first token is charged `log2(V)` bits. Of a `Document` in parts (a conversation) only what
+            the model is to write counts: the bits of answers and of what ends them, per byte of the answers.
         tokenizer: `model.tokenizer` by default.
         batch_size, segment: documents side by side and tokens per step. They change speed and memory, not the result.
 
@@ -39,12 +55,22 @@ def bits_per_byte(
         raise WkvError("the model carries no tokenizer; pass tokenizer=")
     if isinstance(documents, str | bytes):
         raise WkvError(f"documents must be a list of texts, found one {type(documents).__name__}")
-    num_bytes = sum(len(text.encode() if isinstance(text, str) else text) for text in documents)
+    num_bytes = sum(map(scored_bytes, documents))
     if not num_bytes:
         raise WkvError("bits per byte needs some text, found none")
-    tokens = [tokenizer.encode(text) for text in documents]
-    nats = document_nats(model, tokens, tokenizer.eos_id, batch_size, segment)
+    tokens, counts = zip(*(_encode(text, tokenizer) for text in documents), strict=True)
+    nats = document_nats(model, tokens, tokenizer.eos_id, batch_size, segment, counts)
     return float(nats.sum()) / math.log(2) / num_bytes
+
+
+def _encode(text: Text, tokenizer: Tokenizer) -> tuple[Sequence[int], Counts]:
+    """Ids, and which of them count; None: all."""
+    if isinstance(text, Document):
+        if text.parts:
+            encoded = encode_document(text, tokenizer)
+            return encoded.ids.tolist(), encoded.counts
+        text = text.text
+    return tokenizer.encode(text), None
 
 
 @torch.no_grad()
@@ -54,6 +80,7 @@ def document_nats(
     start_id: int | None = 0,
     batch_size: int = 16,
     segment: int = 256,
+    counts: Sequence[Counts] | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each document in nats, float64 [len(documents)].
 
@@ -62,6 +89,7 @@ def document_nats(
         documents: token ids of each document, without start or end.
         start_id: the token before the first one; None charges `log(V)` for the first token instead.
         batch_size, segment: as for `bits_per_byte`.
+        counts: for each document, which of its tokens are charged; None: all.
     """
     if batch_size < 1 or segment < 1:
         raise WkvError(f"batch_size and segment must be at least 1, found {batch_size} and {segment}")
@@ -74,16 +102,27 @@ def document_nats(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             lines = [[start_id, *documents[i]] if start_id is not None else list(documents[i]) for i in rows]
-            nats[rows] = _batch_nats(model, lines, segment)
+            flags = [None if counts is None else counts[i] for i in rows]
+            nats[rows] = _batch_nats(model, lines, _targets(lines, flags), segment)
     finally:
         model.train(training)
     if start_id is None:
-        nats[order] += math.log(model.config.vocab_size)
+        first = [i for i in order if counts is None or (flags := counts[i]) is None or flags[0]]
+        nats[first] += math.log(model.config.vocab_size)
     return nats
 
 
-def _batch_nats(model: LanguageModel, lines: list[list[int]], segment: int) -> Tensor:
-    """Nats of tokens 1, 2, ... of every line given those before them; the longest line comes first."""
+def _targets(lines: list[list[int]], counts: list[Counts]) -> Tensor:
+    """bool [B, T - 1]: which of tokens 1, 2, ... of every line are charged."""
+    rows = []
+    for line, flags in zip(lines, counts, strict=True):
+        found = torch.ones(len(line), dtype=torch.bool) if flags is None else torch.as_tensor(np.asarray(flags, bool))
+        rows.append(found[len(found) - len(line) + 1 :])  # without a start id, the first token is no target
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _batch_nats(model: LanguageModel, lines: list[list[int]], charged: Tensor, segment: int) -> Tensor:
+    """Nats of those of tokens 1, 2, ... of every line that are charged; the longest line comes first."""
     lengths = torch.tensor([len(line) for line in lines])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(line) for line in lines], batch_first=True)
     nats = torch.zeros(len(lines), dtype=torch.float64)
@@ -98,7 +137,7 @@ def _batch_nats(model: LanguageModel, lines: list[list[int]], segment: int) -> T
         window = tokens[:live, start : start + segment + 1].to(device)
         logits, state = model(window[:, :-1], state)
         losses = F.cross_entropy(_wide(logits).flatten(0, 1), window[:, 1:].flatten(), reduction="none")
-        real = torch.arange(start, start + window.shape[1] - 1) < lengths[:live, None] - 1
+        real = charged[:live, start : start + window.shape[1] - 1]
         nats[:live] += losses.double().cpu().view(real.shape).masked_fill(~real, 0).sum(1)
     return nats
 

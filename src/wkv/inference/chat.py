@@ -1,63 +1,29 @@
-"""Conversations in the prompt format of the World and G1 models (RWKV-LM, `RWKV7-G1x-templates.txt`).
+"""Conversations in the prompt formats of the World and G1 models (`wkv.data.templates`).
 
-    System: {system}\\n\\nUser: {question}\\n\\nAssistant: {answer}\\n\\nUser: {question}\\n\\nAssistant:
-
-The state is carried from turn to turn, so the history is read once only. A blank line separates turns and therefore
-never stands inside one; `clean` sees to that.
+The state is carried from turn to turn, so the history is read once only.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 
+from wkv.data.templates import SEPARATOR, THINK, find_template
 from wkv.errors import WkvError
 from wkv.inference.engine import Generation, evaluating, read, take
 from wkv.inference.generate import GenerationStream, generate
-from wkv.inference.prompts import brief, find_tokenizer
+from wkv.inference.prompts import find_tokenizer
 from wkv.inference.sampler import Sampler
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State, check_compatible
 from wkv.tokenizers import Tokenizer
 
-SEPARATOR = "\n\n"
-STOPS = ("\n\nUser:", "\n\nSystem:")
-# What follows "Assistant:" in the prompt. The models were trained to write the closing ">" themselves.
-THINK = {"none": "", "fake": " <think>\n</think", "on": " <think"}
 # The values pip `rwkv` uses for conversations.
 CHAT_SAMPLER = Sampler(top_p=0.85, presence_penalty=0.2, frequency_penalty=0.2)
-
-
-def clean(text: str) -> str:
-    """Text as it may stand inside a turn: Unix line ends, no blank lines, nothing around it."""
-    return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
-
-
-def format_system(text: str) -> str:
-    """The opening that tells the model how to behave."""
-    return f"System: {clean(text)}{SEPARATOR}"
-
-
-def format_turn(text: str, think: str = "none") -> str:
-    """One question, up to where the model's answer begins. No blank follows "Assistant:": the model writes it.
-
-    Args:
-        text: what the user says. "(think a bit)" or "(think a lot)" at its end sets how long G1 models think.
-        think: "none"; "on" makes the model think first; "fake" gives it a finished empty thought.
-
-    Raises:
-        WkvError: for an unknown `think`, or text that is empty once cleaned.
-    """
-    if think not in THINK:
-        raise WkvError(f"think must be one of {', '.join(THINK)}, found {think!r}")
-    if not isinstance(text, str) or not clean(text):
-        raise WkvError(f"a message must be a text that is not empty, found {brief(text)}")
-    return f"User: {clean(text)}{SEPARATOR}Assistant:{THINK[think]}"
 
 
 @dataclass(frozen=True)
@@ -82,15 +48,21 @@ class Chat:
     """A conversation that remembers what was said in a state of constant size.
 
     Args:
-        model: a model trained on the World format.
+        model: a model trained on the format of `template`.
         system: how the model is to behave; read before the first turn.
         sampler: how tokens are chosen; penalties start anew with every answer.
-        think: see `format_turn`.
+        think: "none" leaves it to the model; "on" makes it think first; "fake" and "empty" give it a finished thought
+            with nothing in it, with and without a line end. See `wkv.data.templates`.
         max_tokens: longest answer.
         tokenizer: as for `generate`.
+        template: the prompt format, a name from `wkv.data.templates.TEMPLATES`: "chat", "question" or "instruction".
+
+    Raises:
+        WkvError: for an unknown template, and for a `system` or `think` that it has no place for.
 
     Attributes:
         state: the conversation up to and including the separator after the last answer; None before the first turn.
+        template: the prompt format, a `wkv.data.templates.Template`.
     """
 
     def __init__(
@@ -101,28 +73,35 @@ class Chat:
         think: str = "none",
         max_tokens: int = 1000,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        template: str = "chat",
     ) -> None:
-        format_turn("check", think)
+        self.template = find_template(template)
+        self.template.check_think(think)
+        self.template.opening(system)
         self.model, self.system, self.sampler = model, system, sampler
         self.think, self.max_tokens = think, max_tokens
         self.tokenizer = find_tokenizer(model, tokenizer)
         self.state: State | None = None
 
     @overload
-    def send(self, text: str, stream: Literal[False] = False) -> Reply: ...
+    def send(self, text: str, stream: Literal[False] = False, input_text: str = "") -> Reply: ...
 
     @overload
-    def send(self, text: str, stream: Literal[True]) -> ReplyStream: ...
+    def send(self, text: str, stream: Literal[True], input_text: str = "") -> ReplyStream: ...
 
-    def send(self, text: str, stream: bool = False) -> Reply | ReplyStream:
+    def send(self, text: str, stream: bool = False, input_text: str = "") -> Reply | ReplyStream:
         """Say something; returns the answer, or with `stream` an iterator over its text.
 
         The turn becomes part of the conversation when the answer is complete; one broken off leaves no trace.
+
+        Args:
+            text: a question or an instruction.
+            input_text: the material it is about.
         """
-        opening = format_system(self.system) if self.state is None and self.system else ""
+        opening = self.template.opening(self.system) if self.state is None else ""
         pieces = generate(
-            self.model, opening + format_turn(text, self.think), self.max_tokens, self.sampler, self.state,
-            stream=True, tokenizer=self.tokenizer, stop=STOPS,
+            self.model, opening + self.template.turn(text, input_text, self.think), self.max_tokens, self.sampler,
+            self.state, stream=True, tokenizer=self.tokenizer, stop=self.template.stops,
         )  # fmt: skip
         reply = ReplyStream(self, pieces)
         return reply if stream else reply.reply
@@ -204,7 +183,7 @@ class ReplyStream:
 
 def parse_reply(generation: Generation, think: str) -> Reply:
     """Tell an answer from the thoughts before it."""
-    if think == "fake":
+    if _closes(think):
         return Reply(_without_lead(generation.text, think).strip(), "", generation)
     whole = (THINK[think] + generation.text).strip()
     if not whole.startswith("<think"):
@@ -214,6 +193,11 @@ def parse_reply(generation: Generation, think: str) -> Reply:
 
 
 def _without_lead(text: str, think: str) -> str:
-    """The beginning of an answer without the blank after "Assistant:", or the ">" that closes an empty thought."""
+    """The beginning of an answer without the blank after the label, or the ">" that closes an empty thought."""
     text = text.lstrip()
-    return text.removeprefix(">").lstrip() if think == "fake" else text
+    return text.removeprefix(">").lstrip() if _closes(think) else text
+
+
+def _closes(think: str) -> bool:
+    """Whether the model begins with the ">" of a finished thought."""
+    return THINK[think].endswith("</think")

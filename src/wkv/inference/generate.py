@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import torch
 
@@ -20,6 +20,16 @@ SinglePrompt = str | bytes | list[int] | torch.Tensor
 PromptList = list[str] | list[bytes] | list[list[int]]
 
 
+class Guide(Protocol):
+    """Changes the states that prompts are read from, such as `wkv.tuning.Guidance`."""
+
+    def states(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], start: State | None, tokenizer: Tokenizer
+    ) -> State:
+        """The states to read the prompts from, in place of `start` (None: that before the first token)."""
+        ...
+
+
 class Extras(TypedDict, total=False):
     """Keyword arguments of `generate` that do not change the type of its result."""
 
@@ -29,6 +39,7 @@ class Extras(TypedDict, total=False):
     seed: int | None
     logprobs: int
     return_state: bool
+    guide: Guide | None
 
 
 class GenerationStream:
@@ -114,6 +125,7 @@ def generate(
     seed: int | None = None,
     logprobs: int = 0,
     return_state: bool = True,
+    guide: Guide | None = None,
 ) -> Any:
     """Continue a prompt, or a list of different prompts together with the same results as one by one.
 
@@ -131,6 +143,7 @@ def generate(
         seed: overrides the sampler's seed.
         logprobs: how many of the most likely tokens to report at every step.
         return_state: False saves reading the last token and keeps no state.
+        guide: tunes the state that each prompt is read from first, such as `wkv.tuning.Guidance`.
 
     Returns:
         `Generation` for one prompt, a list of them for a list of prompts, `GenerationStream` with `stream=True`.
@@ -155,19 +168,24 @@ def generate(
         keep_state=return_state,
     )
     start = starting_state(model, state, len(prompts))
+    if guide is not None:
+        start = guide.states(model, ids, start, found)
     engine = Engine(model, found, ids, start, options, sampler.seed if seed is None else seed)
     made = GenerationStream(model, engine, batch)
     return made if stream else made.result
 
 
 def starting_state(model: LanguageModel, state: State | None, batch_size: int) -> State | None:
-    """The state to start from: the one given, checked; else the model's tuned state for every row; else None.
+    """The state to start from: the one given, checked; else the model's tuned state for every row; else None, with
+    which the model starts from the state before the first token.
 
     Raises:
         WkvError: if the state belongs to another model, device or batch size.
     """
     tuned = model.tuned_state
     template = model.init_state(1)
+    if state is None and model.initial_state is not None:  # a state adapter is at work
+        return None
     if state is None and tuned is not None:
         check_compatible(tuned, template, batch_size=1)
         return tuned.detach().to(template.device).select([0] * batch_size)

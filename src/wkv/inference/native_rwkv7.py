@@ -17,6 +17,7 @@ from wkv.errors import WkvError
 from wkv.inference.pages import give_back, read_singly
 from wkv.layers.language_model import LanguageModel, Output
 from wkv.models.rwkv7 import RWKV7, RWKV7Config
+from wkv.quantization.frozen import is_frozen
 from wkv.quantization.modules import QuantizedEmbedding, QuantizedLinear
 from wkv.state import State
 
@@ -36,6 +37,11 @@ def unsupported(model: LanguageModel) -> str | None:
     """None where `NativeRWKV7` can run `model`, else the reason in words."""
     if type(model) is not RWKV7 or not isinstance(model.config, RWKV7Config):
         return f"{model.name} has no native inference path"
+    unmerged = [adapter.name for adapter in model.adapters.values() if not adapter.is_merged]
+    if unmerged:
+        return f"the adapter {unmerged[0]!r} is mounted and not merged"
+    if is_frozen(model):
+        return "the base is frozen in blocks"
     if model.ln_out.weight.device.type != "cpu":
         return f"the model is on {model.ln_out.weight.device}"
     if model.config.head_size not in _HEAD_SIZES:

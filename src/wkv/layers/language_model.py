@@ -132,6 +132,8 @@ class LanguageModel(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass to save memory (off by default).
         tokenizer: the tokenizer the model was trained with, or None.
         tuned_state: an initial state of one sequence that state tuning found, or None; generation starts from it.
+        initial_state: makes the state before the first token out of the empty one while a state is tuned, or None.
+        adapters, active_adapters: what `wkv.tuning` has mounted: name -> adapter, kind -> name.
     """
 
     name: ClassVar[str]
@@ -149,6 +151,9 @@ class LanguageModel(nn.Module):
         self.gradient_checkpointing = False
         self.tokenizer: Any = None
         self.tuned_state: State | None = None
+        self.initial_state: nn.Module | None = None
+        self.adapters: dict[str, Any] = {}
+        self.active_adapters: dict[str, str] = {}
         self._state_template = self.init_state(1, device="meta")
         if not self.ln_out.weight.is_meta:  # a model built on the meta device is about to be loaded
             self.reset_parameters()
@@ -187,10 +192,15 @@ class LanguageModel(nn.Module):
         """Number of stored values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def set_initial_state(self, initial_state: nn.Module | None) -> None:
+        """Let sequences start from `initial_state(empty)` in place of the empty state; None: from that again."""
+        self.initial_state = initial_state
+        self._state_template = self.init_state(1, device="meta")
+
     def init_state(
         self, batch_size: int, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """The state before the first token.
+        """The state before the first token: empty, or what `initial_state` makes of it.
 
         Args:
             batch_size: number of sequences.
@@ -202,7 +212,8 @@ class LanguageModel(nn.Module):
         shift = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
         wide = shift.to(torch.float64 if shift.dtype == torch.float64 else torch.float32)
         layers = [self.init_layer_state(batch_size, shift, wide) for _ in range(self.config.num_layers)]
-        return State(self.name, layers)
+        empty = State(self.name, layers)
+        return empty if self.initial_state is None else self.initial_state(empty)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, mask: Tensor | None = None, reset: Tensor | None = None
@@ -230,6 +241,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:
         """As `forward`, without the head: hidden values after ln_out [B, T, C], and the state."""
         self._check_inputs(tokens, mask, reset)
+        if reset is not None and self.initial_state is not None:
+            raise WkvError("reset empties the state, but the model starts from a tuned one; read documents apart")
         if state is None:
             state = self.init_state(tokens.shape[0])
         else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from wkv.state import LayerState
 
 # The strongest decay is exp(-exp(-1/2)) = 0.545 per token.
 LOG_DECAY_SCALE = -math.exp(-0.5)
+
+# (y, (r, log_w, k, v, kk, iclr) all [B, T, H, N], state, timeline) -> what takes the place of y, and further slots.
+SideMemory = Callable[[Tensor, tuple[Tensor, ...], LayerState, Timeline], tuple[Tensor, LayerState]]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,6 +92,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(hidden, width, bias=False)
         self.output = nn.Linear(width, hidden, bias=False)
         self.ln_x = HeadNorm(self.num_heads, width, config.head_norm_eps)
+        self.side_memory: SideMemory | None = None  # a memory beside that of each head, see `wkv.tuning`
 
     def forward(
         self, z_BTC: Tensor, carry: dict[str, Tensor], state: LayerState, timeline: Timeline
@@ -119,10 +124,15 @@ class TimeMix(nn.Module):
             r_BTHN, log_w_BTA.view(heads), k_BTHN, v_BTHN, -kk_BTHN, b_BTHN, state["wkv"],
             mask=timeline.mask, reset=timeline.reset,
         )  # fmt: skip
+        slots = {"att_shift": att_shift, "wkv": wkv}
+        if self.side_memory is not None:
+            inputs = (r_BTHN, log_w_BTA.view(heads), k_BTHN, v_BTHN, kk_BTHN, iclr_BTA.view(heads))
+            y_BTHN, more = self.side_memory(y_BTHN, inputs, state, timeline)
+            slots = {**slots, **more}
         bonus_BTH1 = (r_BTHN * k_BTHN * self.r_k).sum(-1, keepdim=True)
         y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * v_BTHN).flatten(-2)
         out_BTC = self.output((y_BTA * gate_BTA).to(gate_BTA.dtype))
-        return out_BTC, carry, {"att_shift": att_shift, "wkv": wkv}
+        return out_BTC, carry, slots
 
     def reset_parameters(self) -> None:
         """Official initial values."""

@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wkv.quantization.blockwise import Blocks, quantize_blocks
+    from wkv.quantization.frozen import freeze_base, is_frozen, thaw
     from wkv.quantization.model import dequantize_model, is_quantized, quantize_model, resident_bytes
     from wkv.quantization.policy import Policy, default_policy
     from wkv.quantization.report import compare_models, quality_report
@@ -20,18 +22,25 @@ if TYPE_CHECKING:
 _HOMES = {
     "quantize_model": "model", "dequantize_model": "model", "is_quantized": "model", "resident_bytes": "model",
     "Policy": "policy", "default_policy": "policy",
+    "Blocks": "blockwise", "quantize_blocks": "blockwise",
+    "freeze_base": "frozen", "is_frozen": "frozen", "thaw": "frozen",
     "compare_models": "report", "quality_report": "report",
 }  # fmt: skip
 
 __all__ = [
+    "Blocks",
     "Policy",
     "compare_models",
     "default_policy",
     "dequantize_model",
+    "freeze_base",
+    "is_frozen",
     "is_quantized",
     "quality_report",
+    "quantize_blocks",
     "quantize_model",
     "resident_bytes",
+    "thaw",
 ]
 
 

@@ -117,6 +117,9 @@ def plan(model: LanguageModel, policy: Policy) -> list[Part]:
     """
     if is_quantized(model):
         raise WkvError("the model is quantised already; start from the one in floating point")
+    _check_thawed(model)
+    if any(not adapter.is_merged for adapter in model.adapters.values()):
+        raise WkvError("the model carries an adapter; merge or remove it first")
     kinds = policy.to_dict()
     parts = []
     for name, parameter in model.named_parameters():
@@ -216,6 +219,7 @@ def dequantize_model(model: LanguageModel, dtype: torch.dtype | None = None) -> 
         model: a quantised model (any other gives a copy of its structure that shares all values of type `dtype`).
         dtype: of all parameters; that of the activations by default.
     """
+    _check_thawed(model)
     dtype = dtype or activation_dtype(model)
     result = skeleton(model)
     layers = quantized_layers(model)
@@ -223,6 +227,13 @@ def dequantize_model(model: LanguageModel, dtype: torch.dtype | None = None) -> 
         value = layers[name].dequantize() if name in layers else model.get_parameter(name).detach()
         set_parameter(result, name, value.to(dtype))
     return result.train(model.training)
+
+
+def _check_thawed(model: LanguageModel) -> None:
+    from wkv.quantization.frozen import is_frozen
+
+    if is_frozen(model):
+        raise WkvError("the model's base is frozen in blocks; call thaw(model) first, or start from the original")
 
 
 # ---------------------------------------------------------------- facts

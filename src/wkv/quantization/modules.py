@@ -15,6 +15,12 @@ from wkv.errors import WkvError
 from wkv.quantization.packed import Kind, Packed, num_bytes, padded_shape, quantize
 
 
+def moved(buffer: Tensor, fn: Any) -> Tensor:
+    """What `fn` makes of codes or scales, on another device perhaps, but never rounded to another type."""
+    result: Tensor = fn(buffer)
+    return result if result.dtype == buffer.dtype else buffer.to(result.device)
+
+
 class QuantizedLinear(nn.Module):
     """y = x W^T with W in 8, 6 or 4 bits; frozen, gradients flow to x.
 
@@ -57,10 +63,9 @@ class QuantizedLinear(nn.Module):
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        # `model.half()` and the like move the codes to a device but never change the type of the scales.
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                self._buffers[name] = fn(buffer).to(buffer.dtype)
+                self._buffers[name] = moved(buffer, fn)
         return self
 
     def extra_repr(self) -> str:
@@ -141,7 +146,7 @@ class QuantizedEmbedding(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedEmbedding:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
-        self.codes, self.scale = fn(self.codes).to(torch.int8), fn(self.scale).float()
+        self.codes, self.scale = moved(self.codes, fn), moved(self.scale, fn)
         return self
 
     def extra_repr(self) -> str:

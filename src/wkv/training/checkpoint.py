@@ -18,6 +18,7 @@ from wkv.files import replacing
 from wkv.state import State
 
 MODEL, EMA, TRAINING = "model.safetensors", "ema.safetensors", "training.pt"
+ADAPTER = "adapter.safetensors"  # what is there in place of the model where an adapter is trained
 BEST = "best.safetensors"
 # What `training.pt` holds.
 ENTRIES = ("optimizer", "sampler", "position", "best", "guard", "ema_steps", "carried", "rng")
@@ -54,8 +55,8 @@ def save_checkpoint(
     """Write `run/checkpoints/step-N/`, then drop older checkpoints.
 
     The folder gets its name when it is complete, so an interrupted save leaves the previous checkpoint in force.
-    `run/model.safetensors` is always the model of the newest checkpoint, and `run/best.safetensors` that of the best
-    one; of a checkpoint with `ema.safetensors`, that is the model.
+    `run/model.safetensors` (or `run/adapter.safetensors`) is always the model of the newest checkpoint, and
+    `run/best.safetensors` that of the best one; of a checkpoint with `ema.safetensors`, that is the model.
 
     Args:
         run: the run folder.
@@ -82,13 +83,18 @@ def publish(run: Path, keep_last: int, best_step: int | None = None) -> None:
     found = sorted(_checkpoints(run))
     if not found:
         return
-    _show(found[-1], run / MODEL)
+    _show(found[-1], run / artifact(found[-1]))
     best = None if best_step is None else _folder(run, best_step)
     if best in found:
         _show(best, run / BEST)
     for old in found[-1].parent.iterdir():
         if old not in (*found[-keep_last:], best) and "step-" in old.name:
             _delete(old)
+
+
+def artifact(folder: Path) -> str:
+    """The name of what a checkpoint or run is about: its model, or its adapter."""
+    return ADAPTER if (folder / ADAPTER).is_file() else MODEL
 
 
 def clear_rubbish(run: Path) -> None:
@@ -189,7 +195,7 @@ def _settle(path: Path) -> None:
 
 def _show(checkpoint: Path, path: Path) -> None:
     """Let `path` be the model of a checkpoint."""
-    model = checkpoint / (EMA if (checkpoint / EMA).is_file() else MODEL)
+    model = checkpoint / (EMA if (checkpoint / EMA).is_file() else artifact(checkpoint))
     if not (path.is_file() and os.path.samefile(model, path)):
         write_file(path, lambda temporary: _link(model, temporary))
 

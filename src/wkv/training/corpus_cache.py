@@ -18,11 +18,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wkv.data import build_cache, open_cache
+from wkv.data import Document, Part, build_cache, open_cache
 from wkv.errors import DataError, RecipeError
+from wkv.evaluation.bits_per_byte import Text
 from wkv.tokenizers import Tokenizer
 from wkv.training.sections import DataRecipe
-from wkv.training.source import ChooseTokenizer, Corpus, HoldOut, Text, holds_tokens
+from wkv.training.source import ChooseTokenizer, Corpus, HoldOut, holds_tokens
 
 TOKENS, HELD_OUT, META = "tokens", "held_out.jsonl", "corpus.json"
 # What makes it another corpus.
@@ -64,7 +65,7 @@ def _build(folder: Path, recipe: DataRecipe, choose: ChooseTokenizer, progress: 
         temporary.mkdir(parents=True)
         tokenizer = choose(HoldOut(recipe).training())
         build_cache(held_out.training(), tokenizer, temporary / TOKENS, progress=progress)
-        content = "".join(json.dumps(_as_text(text)) + "\n" for text in held_out.texts).encode()
+        content = "".join(json.dumps(_as_json(text)) + "\n" for text in held_out.texts).encode()
         (temporary / HELD_OUT).write_bytes(content)
         meta = {**_settings(recipe), "train_bytes": held_out.num_bytes,
                 "held_out_sha256": hashlib.sha256(content).hexdigest()}  # fmt: skip
@@ -79,8 +80,17 @@ def _build(folder: Path, recipe: DataRecipe, choose: ChooseTokenizer, progress: 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_text(text: Text) -> str:
+def _as_json(text: Text) -> Any:
+    """A text, or a conversation with its parts."""
+    if isinstance(text, Document):
+        return dataclasses.asdict(text)
     return text if isinstance(text, str) else text.decode()
+
+
+def _from_json(value: Any) -> Text:
+    if isinstance(value, str):
+        return value
+    return Document(**{**value, "parts": tuple(Part(**part) for part in value["parts"])})
 
 
 def _settings(recipe: DataRecipe) -> dict[str, Any]:
@@ -108,4 +118,4 @@ def _read_texts(path: Path, checksum: str) -> list[Text]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); build the cache anew") from error
     if hashlib.sha256(content).hexdigest() != checksum:
         raise DataError(f"{path}: damaged (its checksum has changed); delete {path.parent} to build it anew")
-    return [json.loads(line) for line in content.decode().splitlines()]
+    return [_from_json(json.loads(line)) for line in content.decode().splitlines()]

@@ -19,13 +19,13 @@ from torch import nn
 
 from wkv.data import Batch
 from wkv.errors import DataError, RecipeError, WkvError
+from wkv.evaluation.bits_per_byte import Text, scored_bytes
 from wkv.state import State
 from wkv.training.checkpoint import pack_state, unpack_state
 from wkv.training.deepspeed import check_deepspeed, configure, uses_deepspeed
 from wkv.training.sections import TrainRecipe
 
 T = TypeVar("T")
-Text = str | bytes
 
 # How long processes wait for one that reads the training text or measures the held-out one.
 PATIENCE = timedelta(hours=3)
@@ -142,7 +142,7 @@ class Team:
         if self.sharded:
             return self.agree([], [bits_per_byte(texts)])[1][0]
         own = texts[self.rank :: self.size]
-        num_bytes = sum(len(text.encode() if isinstance(text, str) else text) for text in own)
+        num_bytes = sum(map(scored_bytes, own))
         (bits, total), _ = self.agree([bits_per_byte(own) * num_bytes if num_bytes else 0.0, num_bytes])
         return bits / total
 

@@ -101,7 +101,7 @@ def _read(recipe: Recipe, choose: ChooseTokenizer, console: Any) -> Corpus:
 
 
 def _estimate(recipe: Recipe, trainer: Trainer, corpus: Corpus, activations: int, step_seconds: float) -> Estimate:
-    plan, model = recipe.train, trainer.plain_model
+    plan, model = trainer.recipe, trainer.plain_model
     sampled = recipe.data.cache is not None and not is_built(Path(recipe.data.cache))
     per_step = trainer.budget.tokens_per_step
     steps = _steps(trainer, step_seconds)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from wkv.training.sections import DataRecipe, FieldNames, ModelRecipe, TrainRecipe
+from wkv.training.sections import DataRecipe, FieldNames, ModelRecipe, TrainRecipe, TuningRecipe
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
@@ -18,13 +18,13 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
     yield "model.name", "rwkv7", meanings["name"]
     yield "model.preset", "", meanings["preset"]
     yield "model.*", "", "a field of the model's configuration, such as num_layers, hidden_size, head_size"
-    for section, recipe in (("data", DataRecipe), ("train", TrainRecipe)):
+    for section, recipe in (("data", DataRecipe), ("train", TrainRecipe), ("tuning", TuningRecipe)):
         meanings, defaults = _meanings(recipe), dataclasses.asdict(recipe())
         for key, default in defaults.items():
             if key == "fields":
                 yield f"{section}.{key}.*", "", f"{meanings[key]} ({', '.join(vars(FieldNames()))})"
             else:
-                yield f"{section}.{key}", _plain(default), meanings.get(key, "the budget: give one of these three")
+                yield f"{section}.{key}", _plain(default), meanings.get(key, "the budget: give one of these four")
 
 
 def _plain(default: Any) -> str:

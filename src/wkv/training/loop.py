@@ -4,12 +4,14 @@ In the run folder:
 - recipe.yaml, the complete recipe; tokenizer.json, a vocabulary trained for the run;
 - log.csv and loss.png, every step and evaluation, and the curve;
 - checkpoints/step-N/, model and training state: a resumed run goes on from here, exactly;
-- model.safetensors, the model of the newest checkpoint; best.safetensors, that of the best evaluation;
+- model.safetensors, the model of the newest checkpoint (adapter.safetensors where an adapter is trained);
+  best.safetensors, that of the best evaluation;
 - result.json, what came out, once the run is finished.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -23,12 +25,14 @@ from typing import Any
 
 import torch
 
-from wkv.data import Batch, Sampler, StreamingDocuments
+from wkv.data import Batch, Document, Sampler, StreamingDocuments
 from wkv.errors import CheckpointError, WkvError
 from wkv.evaluation import bits_per_byte
+from wkv.evaluation.bits_per_byte import Text, scored_bytes
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State
 from wkv.training.checkpoint import (
+    ADAPTER,
     EMA,
     MODEL,
     TRAINING,
@@ -51,6 +55,8 @@ from wkv.training.randomness import random_state, set_random_state
 from wkv.training.sections import TrainRecipe
 from wkv.training.segments import context_length_at
 from wkv.training.sharding import load_optimizer_state, settle, shard, whole, whole_model, whole_optimizer_state
+from wkv.tuning import Adapter
+from wkv.tuning.files import read_adapter
 
 
 @dataclass
@@ -95,7 +101,7 @@ class Trainer:
         model: LanguageModel,
         sampler: Sampler,
         run: Path,
-        held_out: Sequence[str | bytes] = (),
+        held_out: Sequence[Text] = (),
         checkpoint: Path | None = None,
         team: Team | None = None,
     ) -> None:
@@ -109,6 +115,10 @@ class Trainer:
         self.stop_signal, self._stop_agreed, self._unpaid = threading.Event(), False, 0.0
         model.gradient_checkpointing = recipe.gradient_checkpointing
         self.plain_model = model.to(self.accelerator.device)
+        self.adapter: Adapter | None = next(iter(model.adapters.values()), None)
+        self.artifact = MODEL if self.adapter is None else ADAPTER
+        if self.adapter is not None and (self.team.sharded or self.team.deepspeed):
+            raise WkvError("an adapter is trained in one process or under DDP; use recipes/accelerate/ddp.yaml")
         if self.team.sharded:
             shard(model, self.team.sharding)
         beta1, beta2 = recipe.betas
@@ -124,6 +134,11 @@ class Trainer:
         plain = Objective(model, recipe.l2wrap, recipe.head_chunk)
         objective, self.optimizer = self._prepare(plain, optimizer)
         self.gradients = GradientStep(recipe, objective, plain, self.accelerator, self.team)
+
+    @property
+    def num_parameters(self) -> int:
+        """Size of what is trained: the model, or its adapter."""
+        return (self.adapter or self.plain_model).num_parameters
 
     @property
     def fraction(self) -> float:
@@ -224,7 +239,7 @@ class Trainer:
         model, average = self._save_model, self._save_average
         if self.team.sharded:
             model = partial(_save, whole_model(self.plain_model))
-        files = {MODEL: model, TRAINING: write_training(self._training_state())}
+        files = {self.artifact: model, TRAINING: write_training(self._training_state())}
         if self.ema is None:
             return files
         if self.team.sharded:
@@ -312,13 +327,23 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         self.carried = self.team.own_rows(unpack_state(state["carried"], device))
         if self.ema is not None:
-            from wkv import load_model
-
-            self.ema.load(dict(load_model(checkpoint / EMA).named_parameters()), state["ema_steps"])
+            self._restore_average(self.ema, checkpoint / EMA, state["ema_steps"])
         set_random_state(state["rng"], device)
 
+    def _restore_average(self, ema: Ema, path: Path, steps: int) -> None:
+        if self.adapter is None:
+            from wkv import load_model
+
+            return ema.load(dict(load_model(path).named_parameters()), steps)
+        ema.steps = steps
+        with ema.applied():  # what is read into the parameters becomes the average
+            return self.adapter.load_tensors(read_adapter(path).tensors)
+
     def _save_model(self, path: Path) -> None:
-        _save(self.plain_model, path)
+        if self.adapter is not None:
+            self.adapter.save(path)
+        else:
+            _save(self.plain_model, path)
 
     def _save_average(self, path: Path) -> None:
         with self.averaged():
@@ -331,12 +356,18 @@ def _save(model: LanguageModel, path: Path) -> None:
     save_model(model, path)
 
 
-def clip_texts(texts: Sequence[str | bytes], limit: int | None) -> list[str | bytes]:
-    """The beginnings of all texts, cut alike so that they have about `limit` bytes together; None: all of them."""
-    raw = [text.encode() if isinstance(text, str) else text for text in texts]
-    if limit is None or sum(map(len, raw)) <= limit:
+def clip_texts(texts: Sequence[Text], limit: int | None) -> list[Text]:
+    """The beginnings of all texts, cut alike so that they have about `limit` bytes together; None: all of them.
+
+    Where there are conversations, which cannot be cut, the first ones that have so many bytes.
+    """
+    if limit is None or sum(map(scored_bytes, texts)) <= limit:
         return list(texts)
+    if any(isinstance(text, Document) for text in texts):
+        ends = list(itertools.accumulate(map(scored_bytes, texts)))
+        return list(texts[: 1 + sum(end <= limit for end in ends)])
     share = limit // len(texts) + 1
+    raw = [text.encode() if isinstance(text, str) else text for text in texts if not isinstance(text, Document)]
     return [text[:share].decode("utf-8", "ignore") for text in raw]
 
 

@@ -13,11 +13,11 @@ import wkv
 from wkv import registry
 from wkv.errors import RecipeError, WkvError
 from wkv.training.recipe_checks import BUDGETS, check_keys, check_recipe
-from wkv.training.sections import DataRecipe, FieldNames, ModelRecipe, Recipe, TrainRecipe
+from wkv.training.sections import DataRecipe, FieldNames, ModelRecipe, Recipe, TrainRecipe, TuningRecipe
 
 __all__ = [
-    "BUDGETS", "DataRecipe", "ModelRecipe", "Recipe", "TrainRecipe", "list_recipes", "load_recipe", "parse_recipe",
-    "recipe_folder",
+    "BUDGETS", "DataRecipe", "ModelRecipe", "Recipe", "TrainRecipe", "TuningRecipe", "list_recipes", "load_recipe",
+    "parse_recipe", "recipe_folder",
 ]  # fmt: skip
 
 
@@ -87,6 +87,7 @@ def parse_recipe(values: Any) -> Recipe:
         ModelRecipe(model["name"], model["preset"], sizes),
         DataRecipe(**{**filled["data"], "fields": FieldNames(**filled["data"]["fields"])}),
         TrainRecipe(**filled["train"]),
+        TuningRecipe(**filled["tuning"]),
         filled["out"],
     )
     check_recipe(recipe)
@@ -111,6 +112,7 @@ def _schema(values: Any) -> type[Any]:
             ("model", model, field(default_factory=model)),
             ("data", DataRecipe, field(default_factory=DataRecipe)),
             ("train", TrainRecipe, field(default_factory=TrainRecipe)),
+            ("tuning", TuningRecipe, field(default_factory=TuningRecipe)),
             ("out", str | None, None),
         ],
     )

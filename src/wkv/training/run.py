@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +15,20 @@ from typing import Any
 
 import torch
 
+from wkv.data import TokenStore
 from wkv.errors import RecipeError, WkvError
 from wkv.evaluation import bits_per_byte
 from wkv.layers.language_model import LanguageModel
 from wkv.tokenizers import Tokenizer
-from wkv.training.checkpoint import MODEL, clear_rubbish, is_rubbish, latest_checkpoint, write_file
+from wkv.training.checkpoint import artifact, clear_rubbish, is_rubbish, latest_checkpoint, write_file
 from wkv.training.corpus_cache import cached_corpus
 from wkv.training.display import Display, reading
 from wkv.training.distributed import Team, create_team, launched_rank
 from wkv.training.loop import Trainer
 from wkv.training.recipe import BUDGETS, Recipe, load_recipe
+from wkv.training.sections import TrainRecipe
 from wkv.training.source import ChooseTokenizer, Corpus, create_sampler, load_corpus
-from wkv.training.start import choose_tokenizer, complete_model, given_model
+from wkv.training.start import choose_tokenizer, complete_model, given_model, mount_adapter
 from wkv.training.trackers import check_trackers, start_trackers, stop_trackers
 
 # What may change when a run is resumed: how long it goes on, what it reports, saves and puts up with, and on what.
@@ -44,12 +47,12 @@ class Result:
 
     Args:
         out: the run folder.
-        model: path of the newest checkpoint's model.
+        model: path of the newest checkpoint's model, or of its adapter where one is trained.
         finished: False if the run was interrupted; `train(..., resume=True)` goes on.
         steps, tokens, seconds: how far it got; `seconds` are those spent in training steps.
         bits_per_byte: on the complete held-out text of `held_out_bytes`, None if the run was interrupted or nothing
             is held out.
-        parameters: size of the model.
+        parameters: size of the model, or of the adapter.
         precision: "fp32" or "bf16", of the matrix products in training; the score is measured in float32.
         stopped_early: whether evaluations no longer improved (`train.stop_after`).
     """
@@ -133,13 +136,29 @@ def prepare(recipe: Recipe, folder: Path, console: Any, read: ReadCorpus | None 
     given = team.everyone(lambda: given_model(recipe, checkpoint))
     choose = partial(choose_tokenizer, recipe, folder, given)
     corpus = read_together(team, lambda chosen: (read or read_corpus)(recipe, chosen or choose, console))
+    plan = with_steps(recipe, corpus.store)
 
     def complete() -> tuple[Any, LanguageModel]:
         sampler = create_sampler(corpus.store, recipe.data, plan, *team.share)
-        return sampler, complete_model(recipe, given, corpus.tokenizer)
+        model = complete_model(recipe, given, corpus.tokenizer)
+        if recipe.tuning.active:
+            mount_adapter(recipe, model, checkpoint, corpus.store)
+        return sampler, model
 
     sampler, model = team.everyone(complete)
     return Trainer(plan, model, sampler, folder, corpus.held_out, checkpoint, team), corpus
+
+
+def with_steps(recipe: Recipe, store: TokenStore) -> TrainRecipe:
+    """How to train, with a number of steps in place of `train.epochs`, a fifth of them warm-up at most."""
+    plan = recipe.train
+    if plan.epochs is None:
+        return plan
+    if recipe.data.order == "padded":  # every row has one document
+        steps = math.ceil(plan.epochs * len(store) / (plan.batch_size * plan.accumulate))
+    else:
+        steps = math.ceil(plan.epochs * store.num_tokens / plan.tokens_per_step)
+    return dataclasses.replace(plan, steps=steps, epochs=None, warmup_steps=min(plan.warmup_steps, steps // 5))
 
 
 def read_together(team: Team, read: Callable[[ChooseTokenizer | None], Corpus]) -> Corpus:
@@ -179,14 +198,14 @@ def _result(trainer: Trainer, finished: bool, score: float | None, held_out_byte
     position = trainer.position
     return Result(
         out=str(trainer.run_folder),
-        model=str(trainer.run_folder / MODEL),
+        model=str(trainer.run_folder / trainer.artifact),
         finished=finished,
         steps=position.step,
         tokens=position.tokens,
         seconds=position.seconds,
         bits_per_byte=score,
         held_out_bytes=held_out_bytes,
-        parameters=trainer.plain_model.num_parameters,
+        parameters=trainer.num_parameters,
         precision=trainer.precision,
         stopped_early=trainer.stopped_early and trainer.fraction < 1,
     )
@@ -215,7 +234,9 @@ def read_result(out: str | Path) -> Result | None:
     if not path.is_file():
         return None
     try:  # the folder may have moved
-        return Result(**{**json.loads(path.read_text()), "out": str(out), "model": str(Path(out) / MODEL)})
+        return Result(
+            **{**json.loads(path.read_text()), "out": str(out), "model": str(Path(out) / artifact(Path(out)))}
+        )
     except (ValueError, TypeError) as error:
         raise WkvError(f"{path}: not the result of a run ({error}); delete it and resume the run") from error
 
@@ -245,15 +266,20 @@ def _claim_folder(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
 
 
 def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
-    model, store, step = trainer.plain_model, corpus.store, trainer.position.step
+    model, store, step, adapter = trainer.plain_model, corpus.store, trainer.position.step, trainer.adapter
     shape = f"{model.config.num_layers} layers x {model.config.hidden_size}, {model.num_parameters:,} parameters"
     size = f"{len(store):,} documents" if corpus.num_bytes is None else f"{corpus.num_bytes:,} bytes"
     held_out = f"{corpus.held_out_bytes:,} bytes" if corpus.held_out else "nothing"
-    lines = (
+    lines = [
         f"model       {model.name}, {shape}, {trainer.precision} on {_place(trainer)}",
         f"text        {size} in {store.num_tokens:,} tokens; held out: {held_out}",
-    )
-    for line in (*lines, f"going on after step {step:,}") if step else lines:
+    ]
+    if adapter is not None:
+        share = f"{adapter.num_parameters:,} parameters ({adapter.num_parameters / model.num_parameters:.2%})"
+        lines.insert(1, f"adapter     {adapter.method}, {share}, learning rate {trainer.recipe.learning_rate:g}")
+    if step:
+        lines.append(f"going on after step {step:,}")
+    for line in lines:
         console.print(line, highlight=False)
 
 

@@ -74,8 +74,51 @@ class DataRecipe:
 
 
 @dataclass
+class TuningRecipe:
+    """Train an adapter in place of the model (`wkv.tuning`); the model is that of `train.start_from` and stays frozen.
+
+    Args:
+        method: a name from `wkv.tuning.methods()`; null: the model itself is trained.
+        rank: of the method; null: its default.
+        alpha, dropout: of the LoRA family: the scale times the rank, and the share of inputs dropped in training.
+        mini_rank: of "miss-mini".
+        learning_rate_ratio: of "lora-plus": how much faster B learns than A.
+        targets: names of layers, such as [key, att.value]; null: all matrices of the blocks.
+        prompt: of "state" and "fullstate": start from the state after this text.
+        size: of "state-kernel": side of the upscaled state; null: twice the head size.
+        dbp: of "state-kernel": train it by decorrelated backpropagation.
+        adapter: an adapter file to go on from, with a new optimizer; it has the method and its options.
+        base: how the frozen matrices are kept: "float32", "bfloat16", "nf4", "fp4", "int8-block" or "int8-row".
+    """
+
+    method: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    mini_rank: int | None = None
+    learning_rate_ratio: float | None = None
+    targets: list[str] | None = None
+    prompt: str | None = None
+    size: int | None = None
+    dbp: bool | None = None
+    adapter: str | None = None
+    base: str = "float32"
+
+    @property
+    def active(self) -> bool:
+        """Whether an adapter is trained."""
+        return self.method is not None or self.adapter is not None
+
+    def options(self) -> dict[str, Any]:
+        """What the method is created with."""
+        names = ("rank", "alpha", "dropout", "mini_rank", "learning_rate_ratio", "targets", "prompt", "size", "dbp")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
 class TrainRecipe:
-    """How to train. One of `steps`, `tokens` and `seconds` (spent in training steps) says for how long.
+    """How to train. One of `steps`, `tokens`, `seconds` (spent in training steps) and `epochs` (how often the text is
+    read, rounded up to whole steps, of which at most a fifth are warm-up) says for how long.
 
     Args:
         start_from: a checkpoint to go on from with a new optimizer and schedule; it takes the place of `model`.
@@ -121,6 +164,7 @@ class TrainRecipe:
     steps: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+    epochs: float | None = None
     start_from: str | None = None
     context_length: int = 128
     context_start: int | None = None
@@ -163,7 +207,7 @@ class TrainRecipe:
         return self.batch_size * self.context_length * self.accumulate
 
     def budget(self) -> Budget:
-        """How long to train."""
+        """How long to train; `epochs` must have become `steps`."""
         return Budget(self.tokens_per_step, self.steps, self.tokens, self.seconds)
 
     def curve(self) -> Schedule:
@@ -180,6 +224,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    tuning: TuningRecipe = field(default_factory=TuningRecipe)
     out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

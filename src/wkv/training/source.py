@@ -27,12 +27,12 @@ from wkv.data import (
 )
 from wkv.data.sampling import Integers
 from wkv.errors import DataError, RecipeError
+from wkv.evaluation.bits_per_byte import Text, scored_bytes
 from wkv.tokenizers import Tokenizer
 from wkv.training.sections import DataRecipe, TrainRecipe
 
 _PIECE = 1 << 24  # tokens that are compared with the vocabulary at a time
 
-Text = str | bytes
 ChooseTokenizer = Callable[[Iterable[Document] | None], Tokenizer]
 
 
@@ -54,8 +54,8 @@ class Corpus:
 
     @property
     def held_out_bytes(self) -> int:
-        """Length of the held-out texts in UTF-8."""
-        return sum(len(text.encode() if isinstance(text, str) else text) for text in self.held_out)
+        """How many bytes are scored: all of a text in UTF-8, of a conversation the answers."""
+        return sum(map(scored_bytes, self.held_out))
 
 
 def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer) -> Corpus:
@@ -96,13 +96,18 @@ def divide(documents: list[Document], recipe: DataRecipe) -> tuple[list[Document
     if own is not None:
         return documents, own
     train, held_out = split_held_out(documents, recipe.held_out_every, recipe.held_out_fraction)
-    return train, [document.text for document in held_out]
+    return train, [scored(document) for document in held_out]
+
+
+def scored(document: Document) -> Text:
+    """What an evaluation needs of a document: its text, or all of it where only parts count."""
+    return document if document.parts else document.text
 
 
 def own_held_out(recipe: DataRecipe) -> list[Text] | None:
     """The held-out texts where they are not a part of the source; None where they are."""
     if recipe.held_out is not None:
-        return [document.text for document in iter_documents(recipe.held_out, recipe.fields.fields())]
+        return [scored(document) for document in iter_documents(recipe.held_out, recipe.fields.fields())]
     return [] if recipe.held_out_fraction == 0 else None
 
 
@@ -142,7 +147,7 @@ class HoldOut:
             if number % every:
                 yield document
             else:
-                self.texts.append(document.text)
+                self.texts.append(scored(document))
 
 
 def holds_tokens(source: str) -> bool:

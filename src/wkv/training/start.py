@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
-from wkv.data import Document, tokenizer_fingerprint
+from wkv.data import Document, TokenStore, tokenizer_fingerprint
 from wkv.errors import RecipeError
 from wkv.layers.language_model import LanguageModel
 from wkv.tokenizers import Tokenizer
-from wkv.training.checkpoint import MODEL
+from wkv.training.checkpoint import ADAPTER, MODEL
 from wkv.training.sections import Recipe
+from wkv.training.source import create_sampler
+
+GRADIENT_BATCHES = 4  # from which LoRA-GA estimates the gradient
 
 
 def given_model(recipe: Recipe, checkpoint: Path | None) -> LanguageModel | None:
@@ -23,21 +26,54 @@ def given_model(recipe: Recipe, checkpoint: Path | None) -> LanguageModel | None
     """
     from wkv import load_model
     from wkv.quantization import is_quantized
+    from wkv.quantization.blockwise import BLOCK_KINDS
+    from wkv.quantization.frozen import freeze_base
 
-    if checkpoint is not None:
+    if checkpoint is not None and not recipe.tuning.active:
         return load_model(checkpoint / MODEL)
-    source = recipe.train.start_from
+    source, tuning = recipe.train.start_from, recipe.tuning
     if source is None:
         return None
-    model = load_model(source, dtype=torch.float32)
-    if is_quantized(model):
-        raise RecipeError(f"train.start_from: {source} is quantised and cannot learn; give the original checkpoint")
+    model = load_model(source, dtype=torch.bfloat16 if tuning.base == "bfloat16" else torch.float32)
+    if is_quantized(model) and not tuning.active:
+        raise RecipeError(
+            f"train.start_from: {source} is quantised and cannot learn; give the original checkpoint, or train an "
+            "adapter with tuning.method"
+        )
+    if tuning.base in BLOCK_KINDS:
+        model = freeze_base(model, tuning.base)  # type: ignore[arg-type]
     if model.tuned_state is not None:
         raise RecipeError(
             f"train.start_from: {source} has a tuned initial state, and training starts from an empty one; set "
             "model.tuned_state to None and save it first"
         )
     return model
+
+
+def mount_adapter(recipe: Recipe, model: LanguageModel, checkpoint: Path | None, store: TokenStore) -> None:
+    """Mount what the recipe trains: the adapter of the last checkpoint, that of `tuning.adapter`, or a new one.
+
+    Args:
+        store: the training tokens, from which methods that start from gradients take some.
+
+    Raises:
+        WkvError: if the method or a file does not fit the model.
+    """
+    from wkv import tuning
+
+    plan = recipe.tuning
+    if checkpoint is not None:
+        tuning.load(checkpoint / ADAPTER, model, "default")
+    elif plan.adapter is not None:
+        tuning.load(plan.adapter, model, "default")
+    else:
+        assert plan.method is not None
+        torch.manual_seed(recipe.train.seed)
+        options = plan.options()
+        if tuning.canonical(plan.method) == "lora-ga":
+            sampler = create_sampler(store, recipe.data, recipe.train)
+            options["batches"] = [sampler.next_batch() for _ in range(GRADIENT_BATCHES)]
+        tuning.create(plan.method, model, "default", **options)
 
 
 def choose_tokenizer(
