@@ -267,7 +267,8 @@ def _claim_folder(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
 
 def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
     model, store, step, adapter = trainer.plain_model, corpus.store, trainer.position.step, trainer.adapter
-    shape = f"{model.config.num_layers} layers x {model.config.hidden_size}, {model.num_parameters:,} parameters"
+    own = model.num_parameters - (0 if adapter is None else adapter.num_parameters)
+    shape = f"{model.config.num_layers} layers x {model.config.hidden_size}, {own:,} parameters"
     size = f"{len(store):,} documents" if corpus.num_bytes is None else f"{corpus.num_bytes:,} bytes"
     held_out = f"{corpus.held_out_bytes:,} bytes" if corpus.held_out else "nothing"
     lines = [
@@ -275,7 +276,7 @@ def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
         f"text        {size} in {store.num_tokens:,} tokens; held out: {held_out}",
     ]
     if adapter is not None:
-        share = f"{adapter.num_parameters:,} parameters ({adapter.num_parameters / model.num_parameters:.2%})"
+        share = f"{adapter.num_parameters:,} parameters ({adapter.num_parameters / own:.2%})"
         lines.insert(1, f"adapter     {adapter.method}, {share}, learning rate {trainer.recipe.learning_rate:g}")
     if step:
         lines.append(f"going on after step {step:,}")
