@@ -53,7 +53,7 @@ def load(
         CheckpointError: if the file cannot be read.
         WkvError: if it is for another model.
     """
-    return mount_file(read_adapter(path), model, name or Path(path).stem, str(path), check_base)
+    return mount_file(read_adapter(path), model, name or Path(path).stem.replace(".", "-"), str(path), check_base)
 
 
 def mount_file(file: AdapterFile, model: LanguageModel, name: str, what: str, check_base: bool = True) -> Adapter:
