@@ -246,7 +246,7 @@ def test_quotients_of_rwkv4_have_names_of_ours(tmp_path: Path) -> None:
     assert found.tuned_state is not None
     assert_equal(found.tuned_state, model.tuned_state)
     assert_equal(import_state(tmp_path / "state.pth", found), model.tuned_state)
-    with pytest.raises(CheckpointError, match="rwkv7"):
+    with pytest.raises(CheckpointError, match="RWKV-7 has no such state"):
         import_state(tmp_path / "state.pth", build("rwkv7", torch.float32))
 
 
