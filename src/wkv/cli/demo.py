@@ -76,7 +76,7 @@ def _compare(console: Console, recipe: Recipe, result: Result) -> None:
     from wkv.data import Document, load_documents
     from wkv.training.source import divide
 
-    _, held_out = divide(load_documents(recipe.data.source, recipe.data.fields.fields()), recipe.data)
+    _, held_out = divide(load_documents(recipe.data.source, recipe.data.row_fields()), recipe.data)
     texts = [part.text if isinstance(part, Document) else part for part in held_out]
     text = b"".join(part.encode() if isinstance(part, str) else part for part in texts)
     if not text:

@@ -91,7 +91,7 @@ def finetune_recipe(model: str, data: str, method: str, overrides: list[str]) ->
         "tuning.rank": "null",
         "train.learning_rate": f"{found.learning_rate:g}",
         "train.final_learning_rate": f"{found.learning_rate * (0.01 if state else 0.1):g}",
-        "data.order": "padded" if state else "packed",
+        "data.order": "padded" if state else "whole",
     }
     return load_recipe("finetune", [*(f"{key}={value}" for key, value in values.items()), *overrides])
 

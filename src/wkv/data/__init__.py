@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from wkv.data.rows import Fields
     from wkv.data.store import TokenStore
     from wkv.data.stream import RandomWindows, tokenize
+    from wkv.data.truncation import FittedDocuments
+    from wkv.data.whole import WholeDocuments
     from wkv.data.windows import MagicPrimeWindows, UniformWindows, magic_prime
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "Fields": "rows",
     "TokenStore": "store",
     "RandomWindows": "stream", "tokenize": "stream",
+    "FittedDocuments": "truncation", "WholeDocuments": "whole",
     "MagicPrimeWindows": "windows", "UniformWindows": "windows", "magic_prime": "windows",
 }  # fmt: skip
 
@@ -45,6 +48,7 @@ __all__ = [
     "Batch",
     "Document",
     "Fields",
+    "FittedDocuments",
     "MagicPrimeWindows",
     "PackedDocuments",
     "PaddedDocuments",
@@ -54,6 +58,7 @@ __all__ = [
     "StreamingDocuments",
     "TokenStore",
     "UniformWindows",
+    "WholeDocuments",
     "build_cache",
     "conversation",
     "encode_document",

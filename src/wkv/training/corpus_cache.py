@@ -27,7 +27,8 @@ from wkv.training.source import ChooseTokenizer, Corpus, HoldOut, holds_tokens
 
 TOKENS, HELD_OUT, META = "tokens", "held_out.jsonl", "corpus.json"
 # What makes it another corpus.
-SETTINGS = ("source", "fields", "held_out", "held_out_every", "held_out_fraction")
+_LATER = {"template": "chat", "think": "none"}  # what caches from before these keys were made with
+SETTINGS = ("source", "fields", "template", "think", "held_out", "held_out_every", "held_out_fraction")
 
 
 def cached_corpus(recipe: DataRecipe, choose: ChooseTokenizer, progress: Any = None) -> Corpus:
@@ -105,7 +106,7 @@ def _read_meta(folder: Path, recipe: DataRecipe) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); delete {folder} to build it anew") from error
     for key, value in _settings(recipe).items():
-        if meta.get(key) != value:
+        if meta.get(key, _LATER.get(key)) != value:
             found = f"data.{key} {meta.get(key)!r}, the recipe says {value!r}"
             raise DataError(f"{folder} was made with {found}; choose another data.cache, or delete it")
     return known

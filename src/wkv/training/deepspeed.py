@@ -30,8 +30,8 @@ def check_deepspeed(recipe: TrainRecipe, config: dict[str, Any]) -> None:
         WkvError: for ZeRO-3, which divides parameters.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise WkvError(f"zero_stage {stage} of DeepSpeed is not supported, 0 to 2 are; use fsdp2.yaml")
+    if stage not in (1, 2):
+        raise WkvError(f"zero_stage {stage} of DeepSpeed is not supported, 1 and 2 are; use ddp.yaml or fsdp2.yaml")
     unfit = {
         "accumulate": recipe.accumulate > 1,
         "segment": recipe.segment is not None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("steps", "tokens", "seconds", "epochs")
 PRECISIONS = ("fp32", "bf16", "auto")
-ORDERS = ("random", "prime", "packed", "padded", "stream")
+ORDERS = ("random", "prime", "packed", "whole", "padded", "stream")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -104,6 +104,10 @@ def _check_data(data: DataRecipe) -> None:
     if (data.vocab_size is not None) != (data.tokenizer == "bpe"):
         found = f"{data.vocab_size} and {data.tokenizer!r}"
         raise RecipeError(f'data.vocab_size goes with data.tokenizer "bpe", found {found}')
+    try:
+        data.row_fields()
+    except WkvError as error:
+        raise RecipeError(f"data.template: {error}") from error
     for name, value in vars(data.fields).items():
         if not value.strip():
             raise RecipeError(f"data.fields.{name} must be the name of a column, found {value!r}")
@@ -163,7 +167,7 @@ def _check_tuning(recipe: Recipe) -> None:
     if train.start_from is None:
         raise RecipeError("tuning.method trains an adapter of a model; name the model in train.start_from")
     method = "" if tuning.method is None else _method(tuning.method)
-    if "state" in method and (recipe.data.order in ("packed", "stream") or train.context_start is not None):
+    if "state" in method and (recipe.data.order in ("packed", "whole", "stream") or train.context_start is not None):
         found = "train.context_start" if train.context_start is not None else f'data.order "{recipe.data.order}"'
         raise RecipeError(f'{method} trains the state that rows start from, {found} resets it; use data.order "padded"')
 

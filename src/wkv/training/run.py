@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from wkv.data import TokenStore
+from wkv.data import TokenStore, WholeDocuments
 from wkv.errors import RecipeError, WkvError
 from wkv.evaluation import bits_per_byte
 from wkv.layers.language_model import LanguageModel
@@ -156,6 +156,9 @@ def with_steps(recipe: Recipe, store: TokenStore) -> TrainRecipe:
         return plan
     if recipe.data.order == "padded":  # every row has one document
         steps = math.ceil(plan.epochs * len(store) / (plan.batch_size * plan.accumulate))
+    elif recipe.data.order == "whole":
+        sampler = WholeDocuments(store, plan.context_length, plan.batch_size, plan.seed)
+        steps = math.ceil(plan.epochs * sampler.num_rows / (plan.batch_size * plan.accumulate))
     else:
         steps = math.ceil(plan.epochs * store.num_tokens / plan.tokens_per_step)
     return dataclasses.replace(plan, steps=steps, epochs=None, warmup_steps=min(plan.warmup_steps, steps // 5))

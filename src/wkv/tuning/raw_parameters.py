@@ -77,7 +77,7 @@ def split_targets(model: LanguageModel, targets: str | Sequence[str] | None) -> 
         else:
             there = sorted({path.split(".", 2)[2] for path in (*linear_layers(model), *known)})
             raise WkvError(f"targets: {model.name} has neither layer nor matrix {name!r}; there are {', '.join(there)}")
-    for path in chosen:
+    for path in sorted(chosen):
         shape = known[path].shape
         if len(shape) not in (2, 3) or 1 in shape[-2:]:
             raise WkvError(f"targets: LoRA is for matrices, and {path} is {list(shape)}; leave it out")
