@@ -65,6 +65,7 @@ def interrupted_equals_whole(plan: Recipe, folder: Path, monkeypatch: pytest.Mon
         ({"order": "packed"}, {"accumulate": 3, "ema": 0.8}),
         ({"order": "packed", "reset": False}, {"context_start": 8, "context_warmup_steps": 10, "context_length": 32}),
         ({"order": "padded"}, {"context_length": 4000, "tokens": 30000, "warmup_steps": 1, "batch_size": 1}),
+        ({"order": "whole"}, {"context_length": 100, "segment": 40}),
         ({"order": "stream"}, {"segment": 10, "accumulate": 2}),
         ({"order": "stream", "reset": False}, {"segment": 10, "through": 2, "gradient_checkpointing": True}),
         ({"order": "random"}, {"segment": 7, "segment_mode": "exact", "precision": "bf16"}),

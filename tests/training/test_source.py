@@ -19,6 +19,7 @@ from wkv.data import (
     StreamingDocuments,
     TokenStore,
     UniformWindows,
+    WholeDocuments,
     build_cache,
     load_documents,
     write_binidx,
@@ -52,7 +53,7 @@ def same(found: Corpus, expected: Corpus) -> None:
     [
         ("random", True, UniformWindows), ("prime", True, MagicPrimeWindows), ("packed", True, PackedDocuments),
         ("padded", True, PaddedDocuments), ("stream", True, StreamingDocuments), ("stream", False, UnbrokenStream),
-        ("packed", False, PackedDocuments),
+        ("packed", False, PackedDocuments), ("whole", True, WholeDocuments),
     ],
 )  # fmt: skip
 def test_orders(tmp_path: Path, order: str, reset: bool, kind: type) -> None:
@@ -61,7 +62,7 @@ def test_orders(tmp_path: Path, order: str, reset: bool, kind: type) -> None:
     batch = sampler.next_batch()
     assert type(sampler) is kind
     assert batch.inputs.shape[0] == 2  # of 4 over two processes
-    assert (batch.reset is not None) == (reset and order in ("packed", "stream"))
+    assert (batch.reset is not None) == (reset and order in ("packed", "stream", "whole"))
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,6 @@ def finetune(
         if out is None or model or data or dry_run:
             raise RecipeError("a resumed run keeps its model and data: wkv finetune --out FOLDER --resume")
         return run(resume_recipe(out, given), out, resume=True)
-    if not data:
-        raise RecipeError("--data: name the conversations or the text to train on")
     options = {"tuning.rank": rank, "train.epochs": epochs, "tuning.base": base}
     extra = [f"{key}={value}" for key, value in options.items() if value is not None]
     recipe = finetune_recipe(model or "starter", data, method, [*extra, *given])
@@ -76,11 +74,18 @@ def finetune(
 
 
 def finetune_recipe(model: str, data: str, method: str, overrides: list[str]) -> Recipe:
-    """The recipe `finetune` for a model, data and method, with the method's own learning rate, order and rank."""
+    """The recipe `finetune` for a model, data and method, with the method's own learning rate, order and rank.
+
+    Raises:
+        RecipeError: if there is no data, or the recipe cannot be.
+    """
     from wkv.cli.train import quoted
+    from wkv.errors import RecipeError
     from wkv.training import load_recipe
     from wkv.tuning import METHODS, canonical
 
+    if not data:
+        raise RecipeError("--data: name the conversations or the text to train on")
     name = canonical(method)
     found = METHODS[name]
     state = "state" in name

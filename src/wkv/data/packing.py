@@ -120,7 +120,8 @@ class PaddedDocuments(RowSampler):
     """One document per row, padded on the right to the longest of the batch: for fine-tuning.
 
     Documents come in an order shuffled anew for every epoch. Of a document with more than T + 1 tokens the beginning
-    is kept, as inference starts there too. Documents that then have no token to learn are left out (`num_skipped`).
+    is kept, as inference starts there too (`num_cut` documents; `FittedDocuments` has other rules). Documents that then
+    have no token to learn are left out (`num_skipped`).
 
     Args:
         store, context_length, batch_size, rank, world_size: see `RowSampler`.
@@ -139,6 +140,7 @@ class PaddedDocuments(RowSampler):
         if store.loss_mask is not None:
             self._usable = np.array([i for i in self._usable.tolist() if self._has_target(i)], np.int64)
         self.num_skipped = len(store) - len(self._usable)
+        self.num_cut = int((store.lengths[self._usable] > context_length + 1).sum())
         if not len(self._usable):
             found = f"none of {len(store)} documents has a token to learn"
             raise DataError(f"{found} within the first {context_length + 1}; give others or a longer context_length")

@@ -97,7 +97,8 @@ def _read(recipe: Recipe, choose: ChooseTokenizer, console: Any) -> Corpus:
     data = recipe.data
     if data.cache is None or is_built(Path(data.cache)):
         return read_corpus(recipe, choose, console)
-    return sample_corpus(data, choose, SAMPLE + LONGEST_TOKEN * recipe.train.context_length)
+    length = recipe.train.context_length
+    return sample_corpus(data, choose, SAMPLE + LONGEST_TOKEN * length, length)
 
 
 def _estimate(recipe: Recipe, trainer: Trainer, corpus: Corpus, activations: int, step_seconds: float) -> Estimate:

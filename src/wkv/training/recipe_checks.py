@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from wkv import registry
+from wkv.data.truncation import RULES
 from wkv.errors import RecipeError, WkvError
 from wkv.quantization.blockwise import BLOCK_KINDS
 from wkv.training.schedule import KINDS
@@ -218,6 +219,7 @@ _RANGES: dict[str, dict[str, Range]] = {
         "held_out_every": (lambda x: x >= 2, "an integer of at least 2"),
         "held_out_fraction": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
         "order": _one_of(ORDERS),
+        "too_long": _one_of(RULES),
         **{key: _TEXT for key in ("held_out", "cache")},
     },
     "train": {

@@ -192,9 +192,9 @@ def read_corpus(recipe: Recipe, choose: ChooseTokenizer, console: Any) -> Corpus
     """The tokens and held-out texts of a run; `choose` gives the tokenizer."""
     if recipe.data.cache is None:
         with console.status("reading the training text"):
-            return load_corpus(recipe.data, choose)
+            return load_corpus(recipe.data, choose, recipe.train.context_length)
     with reading(console) as progress:
-        return cached_corpus(recipe.data, choose, progress)
+        return cached_corpus(recipe.data, choose, progress, recipe.train.context_length)
 
 
 def _result(trainer: Trainer, finished: bool, score: float | None, held_out_bytes: int) -> Result:
@@ -278,6 +278,10 @@ def _announce(console: Any, trainer: Trainer, corpus: Corpus) -> None:
         f"model       {model.name}, {shape}, {trainer.precision} on {_place(trainer)}",
         f"text        {size} in {store.num_tokens:,} tokens; held out: {held_out}",
     ]
+    if corpus.note:
+        lines.append(f"            {corpus.note}")
+    if (cut := getattr(trainer.sampler, "num_cut", 0)) > 0:
+        lines.append(f"            {cut:,} documents are longer than a row and lose their end")
     if adapter is not None:
         share = f"{adapter.num_parameters:,} parameters ({adapter.num_parameters / own:.2%})"
         lines.insert(1, f"adapter     {adapter.method}, {share}, learning rate {trainer.recipe.learning_rate:g}")

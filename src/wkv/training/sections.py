@@ -48,6 +48,9 @@ class DataRecipe:
         fields: what the columns of rows are called.
         template: prompt format of conversations: "chat", "question" or "instruction".
         think: what stands before answers, as in `wkv chat --think`: "none", "fake", "empty" or "on".
+        too_long: what becomes of documents that do not fit into a row: "error", "drop", "left" (the oldest turns go) or
+            "right" (the end goes). null: "error" for conversations in the orders "padded" and "whole"; else rows are
+            cut wherever they end.
         tokenizer: "bytes", "world", "bpe" (trained on the training text), or the path of a tokenizer.json. null: that
             of the checkpoint `train.start_from`, else "bytes".
         vocab_size: entries of a "bpe" vocabulary.
@@ -65,6 +68,7 @@ class DataRecipe:
     fields: FieldNames = field(default_factory=FieldNames)
     template: str = "chat"
     think: str = "none"
+    too_long: str | None = None
     tokenizer: str | None = None
     vocab_size: int | None = None
     held_out: str | None = None
@@ -73,6 +77,11 @@ class DataRecipe:
     order: str = "random"
     reset: bool = True
     cache: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether documents have to fit into rows."""
+        return self.too_long is not None or self.order in ("padded", "whole")
 
     def row_fields(self) -> Fields:
         """What readers of rows want to know.

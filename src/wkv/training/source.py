@@ -12,6 +12,7 @@ import numpy as np
 from wkv.data import (
     Batch,
     Document,
+    FittedDocuments,
     MagicPrimeWindows,
     PackedDocuments,
     PaddedDocuments,
@@ -46,12 +47,14 @@ class Corpus:
         held_out: texts for evaluations; may be empty.
         tokenizer: what made the tokens.
         num_bytes: of the training text; None if only its tokens are known.
+        note: how many documents were shortened or left out; empty if none was.
     """
 
     store: TokenStore
     held_out: list[Text]
     tokenizer: Tokenizer
     num_bytes: int | None = None
+    note: str = ""
 
     @property
     def held_out_bytes(self) -> int:
@@ -59,13 +62,14 @@ class Corpus:
         return sum(map(scored_bytes, self.held_out))
 
 
-def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer) -> Corpus:
+def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer, context_length: int | None = None) -> Corpus:
     """Read what `data.source` names, all of it in memory unless it holds tokens.
 
     Args:
         recipe: where, and what is held out.
         choose: gives the tokenizer, perhaps trained on the training documents it is given (None: there are only
             tokens).
+        context_length: of the rows that documents have to fit into, where the recipe says so; None: they need not.
 
     Raises:
         DataError: if it cannot be used; the message names the file and the place in it.
@@ -76,10 +80,27 @@ def load_corpus(recipe: DataRecipe, choose: ChooseTokenizer) -> Corpus:
     train, held_out = divide(documents, recipe)
     tokenizer = choose(train)
     size = sum(document.num_bytes for document in train)
-    return Corpus(TokenStore.from_documents(train, tokenizer), held_out, tokenizer, size)
+    fitted = fit(train, tokenizer, recipe, context_length)
+    return Corpus(TokenStore.from_documents(fitted, tokenizer), held_out, tokenizer, size, report(fitted))
 
 
-def sample_corpus(recipe: DataRecipe, choose: ChooseTokenizer, characters: int) -> Corpus:
+def fit(
+    documents: Iterable[Document], tokenizer: Tokenizer, recipe: DataRecipe, context_length: int | None
+) -> Iterable[Document]:
+    """The documents as `data.too_long` wants them, if they have to fit into rows of this length."""
+    if context_length is None or not recipe.fits:
+        return documents
+    return FittedDocuments(documents, tokenizer, context_length + 1, recipe.too_long)
+
+
+def report(documents: Iterable[Document]) -> str:
+    """What `fit` did, once they have been read."""
+    return documents.report() if isinstance(documents, FittedDocuments) else ""
+
+
+def sample_corpus(
+    recipe: DataRecipe, choose: ChooseTokenizer, characters: int, context_length: int | None = None
+) -> Corpus:
     """The first documents of a source of text, at least one, until there are this many characters; none is held out."""
     documents: list[Document] = []
     for document in iter_documents(recipe.source, recipe.row_fields()):
@@ -88,7 +109,8 @@ def sample_corpus(recipe: DataRecipe, choose: ChooseTokenizer, characters: int) 
         if characters <= 0:
             break
     tokenizer = choose(documents)
-    return Corpus(TokenStore.from_documents(documents, tokenizer), [], tokenizer)
+    fitted = fit(documents, tokenizer, recipe, context_length)
+    return Corpus(TokenStore.from_documents(fitted, tokenizer), [], tokenizer)
 
 
 def divide(documents: list[Document], recipe: DataRecipe) -> tuple[list[Document], list[Text]]:

@@ -15,6 +15,7 @@ from wkv.layers.language_model import LanguageModel
 from wkv.tuning.files import AdapterFile, copy_tensors, write_adapter
 from wkv.tuning.fingerprint import Samples, fingerprint
 from wkv.tuning.mounting import adapted, base_parameters, choose_layers, replace
+from wkv.tuning.options import check_options
 from wkv.tuning.side import AdaptedLinear, Side
 
 # Largest difference of merged from adapted logits, relative to the largest logit. Merged weights are rounded once to
@@ -216,6 +217,13 @@ class WeightAdapter(Adapter):
         self.paths = choose_layers(model, targets)
         self.sides: dict[str, Side] = {}
         self._aside: dict[str, AdaptedLinear] = {}  # the adapted layers while merged ones are in the model
+
+    @classmethod
+    def build(
+        cls, model: LanguageModel, method: str, name: str, options: dict[str, Any], restoring: bool = False
+    ) -> WeightAdapter:
+        """See `Adapter`; the options are the arguments of the subclass behind `name`."""
+        return cls(model, method, name, **check_options(method, options, cls.__init__, skip=4))
 
     @abstractmethod
     def build_side(self, path: str, layer: Any) -> Side:

@@ -15,7 +15,6 @@ from torch import nn
 from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
 from wkv.tuning.adapter import WeightAdapter
-from wkv.tuning.options import check_options
 from wkv.tuning.peft_side import PeftSide, import_peft, make_layer, readable
 from wkv.tuning.side import Side, layer_weight
 
@@ -40,13 +39,6 @@ class AnyPeftAdapter(WeightAdapter):
         config: a `peft.PeftConfig`, or its dictionary. It does not say which layers, nor anything about some of them.
         targets: see `wkv.tuning.mounting.choose_layers`.
     """
-
-    @classmethod
-    def build(
-        cls, model: LanguageModel, method: str, name: str, options: dict[str, Any], restoring: bool = False
-    ) -> AnyPeftAdapter:
-        """See `Adapter`."""
-        return cls(model, method, name, **check_options(method, options, cls.__init__, skip=4))
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from wkv.layers.language_model import LanguageModel
 from wkv.tuning.adapter import WeightAdapter
 from wkv.tuning.bone import BoneSide
-from wkv.tuning.options import check_options, check_rank
+from wkv.tuning.options import check_rank
 from wkv.tuning.side import Side
 
 
@@ -21,13 +21,6 @@ class BoneAdapter(WeightAdapter):
         mini_rank: of "miss-mini": columns of the matrix; must divide the outputs of every target.
         targets: see `wkv.tuning.mounting.choose_layers`.
     """
-
-    @classmethod
-    def build(
-        cls, model: LanguageModel, method: str, name: str, options: dict[str, Any], restoring: bool = False
-    ) -> BoneAdapter:
-        """See `Adapter`."""
-        return cls(model, method, name, **check_options(method, options, cls.__init__, skip=4))
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ from wkv.checkpoints.files import open_archive
 from wkv.errors import CheckpointError, WkvError
 from wkv.files import replacing
 from wkv.tuning.bone import GUIDED, VARIANTS, check_variant, parameter_shapes
+from wkv.tuning.files import read_peft_config
 
 # format -> variant -> our parameter -> name in the file
 FORMATS: dict[str, dict[str, dict[str, str]]] = {
@@ -144,13 +145,7 @@ def _open(path: Path) -> tuple[Archive, dict[str, Any] | None]:
     config = weights.with_name(_CONFIG)
     if not weights.name.startswith(f"{_WEIGHTS}.") or not config.is_file():
         return open_archive(weights), None
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{config}: holds {type(content).__name__}, expected an object")
-    return open_archive(weights), content
+    return open_archive(weights), read_peft_config(config)
 
 
 def _entries(archive: Archive) -> tuple[list[_Entry], dict[str, Stored]]:

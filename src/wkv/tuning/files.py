@@ -118,6 +118,21 @@ def _header(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
     return found
 
 
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """An `adapter_config.json` of peft.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected an object")
+    return content
+
+
 def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], what: str) -> None:
     """Give `target`'s tensors the values of `source`'s.
 

@@ -44,7 +44,7 @@ from wkv.tuning.kernel_features import (
 )
 from wkv.tuning.kernel_memory import KernelMemory, KernelStates
 from wkv.tuning.options import check_options, check_rank
-from wkv.tuning.state import empty_state
+from wkv.tuning.state import check_start, empty_state
 from wkv.tuning.state_slots import Whole
 
 MODES = ("residual", "replace")
@@ -92,11 +92,8 @@ class KernelStateAdapter(Adapter):
                 `init` does not say where to start.
         """
         check_options(method, options, cls.__init__, skip=5)
-        if not restoring and model.tuned_state is not None and options.get("init") is None:
-            raise WkvError(
-                "the model has a tuned state already: pass init=model.tuned_state to start from it, or set "
-                "model.tuned_state = None to start from an empty past"
-            )
+        if not restoring:
+            check_start(model, options.get("init"))
         return cls(model, method, name, restoring, **options)
 
     def __init__(

@@ -24,7 +24,7 @@ from wkv.checkpoints.files import open_archive
 from wkv.errors import CheckpointError, WkvError
 from wkv.files import replacing
 from wkv.layers.language_model import LanguageModel
-from wkv.tuning.files import AdapterFile
+from wkv.tuning.files import AdapterFile, read_peft_config
 from wkv.tuning.lora import FROM_WEIGHT, PeftAdapter
 from wkv.tuning.mounting import linear_layers
 
@@ -149,14 +149,7 @@ def _open(path: Path) -> tuple[Archive, dict[str, Any]]:
     files = sorted(path.glob(f"{WEIGHTS}.*"), reverse=True) if path.is_dir() else [path]  # .safetensors before .bin
     if not files:
         raise CheckpointError(f"{path}: no {WEIGHTS}.safetensors in this folder")
-    config = files[0].with_name(CONFIG)
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{config}: holds {type(content).__name__}, expected an object")
-    return open_archive(files[0]), content
+    return open_archive(files[0]), read_peft_config(files[0].with_name(CONFIG))
 
 
 def _understood(config: dict[str, Any], archive: Archive) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ Shape letters: I inputs, O outputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 from wkv.errors import WkvError
 
 
-class Side(nn.Module):
+class Side(nn.Module, ABC):
     """What one adapter adds to one linear layer. Its parameters are float32, whatever the layer's own type is."""
 
+    @abstractmethod
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         """x [..., I] -> y [..., O] of the adapted layer, in the type of `base(x)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The one weight that does the same: float32 [O, I] of the frozen layer -> float32 [O, I].
 
         Neither `weight` nor the adapter changes.
         """
-        raise NotImplementedError
 
 
 def layer_weight(layer: Any) -> Tensor:

@@ -173,6 +173,15 @@ def chosen_layers(layers: Iterable[int] | None, count: int) -> list[int]:
     return sorted(set(chosen))
 
 
+def check_start(model: LanguageModel, init: State | None) -> None:
+    """Refuse to tune from an empty past, unasked, a model that has a tuned state."""
+    if model.tuned_state is not None and init is None:
+        raise WkvError(
+            "the model has a tuned state already: pass init=model.tuned_state to start from it, or set "
+            "model.tuned_state = None to start from an empty past"
+        )
+
+
 class StateAdapter(Adapter):
     """A tuned initial state as an adapter. Merged, it is the model's `tuned_state`, from which generation starts.
 
@@ -201,11 +210,8 @@ class StateAdapter(Adapter):
         prompt = given.get("prompt")
         if restoring:
             given["prompt"] = None
-        elif model.tuned_state is not None and prompt is None and given.get("init") is None:
-            raise WkvError(
-                "the model has a tuned state already: pass init=model.tuned_state to start from it, or set "
-                "model.tuned_state = None to start from an empty past"
-            )
+        elif prompt is None:
+            check_start(model, given.get("init"))
         made = cls(model, method, name, **given)
         if restoring:
             made.options["prompt"] = prompt
