@@ -2,7 +2,7 @@
 
 `ray start` makes a cluster (without one, this machine is the cluster). TEXT and FOLDER must be there for all machines,
 on a shared file system. Called again with the folder of an interrupted run, the script goes on with it, on any number
-of processes that divides train.batch_size.
+of processes that divides train.batch_size; KEY=VALUE may then lengthen it, such as train.steps=5000.
 """
 
 import sys
@@ -20,7 +20,7 @@ def work(plan: dict[str, Any]) -> None:
     """What every process does: Ray has connected them, and wkv shares out the rows of each batch."""
     resume = (Path(plan["folder"]) / "recipe.yaml").is_file()
     changes = [f"data.source={plan['text']}", *plan["changes"]]
-    recipe = resume_recipe(plan["folder"]) if resume else load_recipe("demo", changes)
+    recipe = resume_recipe(plan["folder"], plan["changes"]) if resume else load_recipe("demo", changes)
     train(recipe, plan["folder"], resume=resume)
 
 

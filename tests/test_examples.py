@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -59,13 +58,7 @@ def test_the_list_of_corpora() -> None:
     assert "linux-doc-6.1" in run("prepare_corpora.py", "--list", cwd=EXAMPLES)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'ray[train]'")
-def test_ray_example(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300)
-    command = [sys.executable, str(EXAMPLES / "ray_cluster.py"), "book.txt", "run", "2", *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run/result.json").is_file()
+# ray_cluster.py: tests/training/test_engines.py
 
 
 def test_no_example_is_forgotten() -> None:
