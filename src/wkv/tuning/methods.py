@@ -48,9 +48,9 @@ METHODS = {
     "olora": Method(_PEFT, 1e-3, "LoRA that starts from the QR decomposition of W (peft)"),
     "lora-ga": Method(_PEFT, 1e-3, "LoRA that starts from the gradient of W on a few batches (peft)"),
     "peft": Method(("wkv.tuning.any_peft", "AnyPeftAdapter"), 1e-3, "any other method of peft, by its config"),
-    "state": Method(_STATE, 1e-2, "state tuning: the initial wkv states"),
-    "fullstate": Method(_STATE, 1e-2, "state tuning with the initial token-shift states"),
-    "state-kernel": Method(_KERNEL, 1e-2, "an upscaled kernel state beside each head's own (our reconstruction)"),
+    "state": Method(_STATE, 0.3, "state tuning: the initial wkv states"),
+    "fullstate": Method(_STATE, 0.3, "state tuning with the initial token-shift states"),
+    "state-kernel": Method(_KERNEL, 0.1, "an upscaled kernel state beside each head's own (our reconstruction)"),
 }
 
 # What others call methods of ours, where a name means one thing only.
