@@ -53,6 +53,11 @@ def test_long_document_example(tmp_path: Path) -> None:
     assert "cosine of the two gradients" in run("long_document.py", cwd=tmp_path)
 
 
+def test_comparison_of_mixers(tmp_path: Path) -> None:
+    assert "previous_token" in run("compare_mixers.py", "30", cwd=tmp_path)
+    assert (tmp_path / "compare_mixers.png").is_file()
+
+
 def test_the_list_of_corpora() -> None:
     """What the script makes of them: tests/test_prepare_corpora.py."""
     assert "linux-doc-6.1" in run("prepare_corpora.py", "--list", cwd=EXAMPLES)

@@ -51,7 +51,7 @@ def test_public_names() -> None:
 
 def test_help_lists_every_verb() -> None:
     text = CliRunner().invoke(app, ["--help"]).output
-    for verb in ("demo", "info", "generate", "chat", "train", "tokenizer", "doctor"):
+    for verb in ("demo", "info", "generate", "chat", "train", "upgrade", "eval", "tokenizer", "doctor"):
         assert verb in text
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
 

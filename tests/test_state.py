@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import wkv
+from tests import small
 from wkv.errors import CheckpointError, WkvError
 
 SIZES = {"vocab_size": 11, "hidden_size": 16, "num_layers": 2}
@@ -13,7 +14,7 @@ SIZES = {"vocab_size": 11, "hidden_size": 16, "num_layers": 2}
 
 def make(name: str = "rwkv7", batch: int = 3) -> tuple[torch.nn.Module, wkv.State]:
     torch.manual_seed(0)
-    model = wkv.create_model(name, **SIZES, **({} if name == "rwkv4" else {"head_size": 8})).eval()
+    model = wkv.create_model(name, **SIZES, **small.options(name, 8)).eval()
     with torch.no_grad():
         return model, model(torch.randint(0, 11, (batch, 5))).state
 

@@ -22,6 +22,7 @@ _PUBLIC = {
     "save_model": "wkv.checkpoints",
     "generate": "wkv.inference",
     "Sampler": "wkv.inference",
+    "upgrade_model": "wkv.upgrade",
 }
 _MODULES = (
     "checkpoints", "data", "errors", "evaluation", "inference", "layers", "models", "native", "ops", "quantization",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from wkv.registry import create_model as create_model
     from wkv.registry import list_models as list_models
     from wkv.state import State as State
+    from wkv.upgrade import upgrade_model as upgrade_model
 
 
 def __getattr__(name: str) -> Any:

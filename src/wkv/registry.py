@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from wkv.errors import WkvError
 
 if TYPE_CHECKING:
-    from wkv.layers.language_model import LanguageModel, LanguageModelConfig
+    from wkv.layers.config import LanguageModelConfig
+    from wkv.layers.language_model import LanguageModel
 
 # Where each model lives. The module is imported when its model is first asked for.
 _MODULES = {
@@ -22,6 +23,12 @@ _MODULES = {
     "rwkv6": "wkv.models.rwkv6",
     "rwkv7": "wkv.models.rwkv7",
     "rwkv7a": "wkv.models.rwkv7a",
+    "temporal": "wkv.models.temporal",
+    "rrwkv": "wkv.models.rrwkv",
+    "meta_state": "wkv.models.meta_state",
+    "based": "wkv.models.based",
+    "hybrid": "wkv.models.hybrid",
+    "transformer": "wkv.models.transformer",
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wkv.errors import CheckpointError, WkvError
@@ -20,7 +21,9 @@ class State:
     """The memory of `batch_size` sequences: one dictionary of tensors per layer, every tensor batch-first.
 
     RWKV-5 to 7 keep per layer `att_shift` [B, C], `wkv` [B, H, N_value, N_key] (float32) and `ffn_shift` [B, C];
-    RWKV-4 keeps `num`, `den`, `max` [B, A] (float32) in place of `wkv`.
+    RWKV-4 keeps `num`, `den`, `max` [B, A] (float32) in place of `wkv`. Attention keeps what it may still look at in
+    slots whose names end in "cache" [B, S, H, N], the newest token last and zeros before a row's first; S grows with
+    the tokens read.
 
     States are values: a model never changes the state it is given, it returns a new one.
 
@@ -67,13 +70,13 @@ class State:
         return self._map(torch.detach)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """Move or convert. `dtype` is for token-shift states; wkv states stay float32 (float64 if `dtype` is)."""
+        """Move or convert. `dtype` is for token shifts and caches; wkv states stay float32 (float64 if `dtype` is)."""
 
         def convert(name: str, tensor: Tensor) -> Tensor:
-            if dtype is None:
+            if dtype is None or not tensor.is_floating_point():
                 return tensor.to(device)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            return tensor.to(device, dtype if name.endswith("shift") else wide)
+            return tensor.to(device, dtype if name.endswith(("shift", "cache")) else wide)
 
         return State(self.model, [{name: convert(name, x) for name, x in layer.items()} for layer in self.layers])
 
@@ -102,7 +105,7 @@ class State:
         return State(
             first.model,
             [
-                {name: torch.cat([s.layers[i][name] for s in states]) for name in layer}
+                {name: _concatenate(name, [s.layers[i][name] for s in states]) for name in layer}
                 for i, layer in enumerate(first.layers)
             ],
         )
@@ -155,6 +158,14 @@ class State:
         return f"State({self.model!r}, {len(self.layers)} layers of {layer}; {self.num_bytes:,} bytes)"
 
 
+def _concatenate(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Along the batch; shorter caches get zeros before their first token."""
+    if name.endswith("cache"):
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [F.pad(tensor, (0, 0, 0, 0, longest - tensor.shape[1], 0)) for tensor in tensors]
+    return torch.cat(list(tensors))
+
+
 def check_compatible(
     state: State, template: State, device: torch.device | None = None, batch_size: int | None = None
 ) -> None:
@@ -173,6 +184,7 @@ def check_compatible(
         if found.keys() != expected.keys():
             raise WkvError(f"layer {i} of the state has {sorted(found)}, expected {sorted(expected)}")
         for name in expected:
-            if found[name].shape[1:] != expected[name].shape[1:]:
+            grows = 2 if name.endswith("cache") else 1
+            if found[name].shape[grows:] != expected[name].shape[grows:]:
                 shapes = f"{list(found[name].shape[1:])}, expected {list(expected[name].shape[1:])}"
                 raise WkvError(f"layer {i} of the state: {name} has shape [B, ...] with {shapes}")

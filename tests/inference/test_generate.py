@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import wkv
+from tests import small
 from tests.inference.helpers import (
     PieceTokenizer,
     ScriptModel,
@@ -295,15 +296,11 @@ def test_half_precision_generates_and_carries_states() -> None:
     assert all(value <= 0 for value in again.logprobs)
 
 
-@pytest.mark.parametrize("name", wkv.list_models("rwkv*"))
+@pytest.mark.parametrize("name", wkv.list_models())
 def test_every_model_generates_in_batches(name: str) -> None:
-    model = wkv.create_model(name, vocab_size=256, hidden_size=32, num_layers=2, **size_of_heads(name))
+    model = wkv.create_model(name, vocab_size=256, hidden_size=32, num_layers=2, **small.options(name, 16))
     together = generate(model, ["a longer prompt", "b"], 6, seed=0)
     assert [g.tokens for g in together] == [generate(model, p, 6, seed=0).tokens for p in ("a longer prompt", "b")]
-
-
-def size_of_heads(name: str) -> dict[str, Any]:
-    return {} if name == "rwkv4" else {"head_size": 16}
 
 
 def test_a_trained_vocabulary() -> None:

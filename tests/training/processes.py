@@ -34,6 +34,7 @@ from rich.console import Console
 
 import wkv
 import wkv.checkpoints
+from tests import small
 from tests.training.helpers import recipe_values, write_corpus
 from wkv.data import Batch
 from wkv.data.sampling import RowSampler
@@ -173,8 +174,7 @@ def run_all(folder: Path) -> None:
 def noisy_model(name: str) -> Any:
     """A model whose parameters all have gradients."""
     torch.manual_seed(0)
-    heads = {} if name == "rwkv4" else {"head_size": 16}
-    model = wkv.create_model(name, vocab_size=64, num_layers=2, hidden_size=32, **heads)
+    model = wkv.create_model(name, vocab_size=64, num_layers=2, hidden_size=32, **small.options(name, 16))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -31,7 +31,9 @@ def test_rwkv7_groups_are_exactly_the_official_ones() -> None:
 FAST = {
     "rwkv4": {"time_decay": 2.0, "time_first": 3.0}, "rwkv5_0": {"time_decay": 2.0, "time_first": 3.0},
     "rwkv5_1": {"time_decay": 2.0}, "rwkv5": {"time_decay": 2.0}, "rwkv6": {"time_decay": 2.0},
-    "rwkv7": {"w0": 2.0}, "rwkv7a": {"w0": 2.0},
+    "rwkv7": {"w0": 2.0}, "rwkv7a": {"w0": 2.0}, "meta_state": {"w0": 2.0},
+    **dict.fromkeys(("temporal", "rrwkv"), {"time_decay": 2.0, "time_first": 3.0}),
+    "hybrid": {"state_heads.w0": 2.0}, "based": {}, "transformer": {},
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def test_every_model_has_its_fast_parameters_and_decays_matrices_only(name: str)
     fast = {n: g["factor"] for g in groups for n in g["names"] if g["factor"] != 1}
     assert fast == {f"blocks.{i}.att.{n}": factor for i in (0, 1) for n, factor in FAST[name].items()}
     decays = {n for g in groups for n in g["names"] if g["weight_decay"]}
-    matrices = {n for n, p in model.named_parameters() if n.endswith(".weight") and p.squeeze().ndim == 2}
+    matrices = {n for n, p in model.named_parameters() if n.endswith(".weight") and p.squeeze().ndim >= 2}
     assert decays == matrices - set(fast)
 
 

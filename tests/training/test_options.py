@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import wkv
+from tests import small
 from wkv.data import write_binidx
 from wkv.data.sampling import RowSampler
 from wkv.errors import CheckpointError, DataError, RecipeError, WkvError
@@ -90,9 +91,7 @@ def test_kinds_of_runs(
 def test_every_model_trains_on_a_stream_of_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     values = recipe_values(write_corpus(tmp_path / "corpus"), steps=14, segment=10, ema=0.5)
     values["data"]["order"] = "stream"
-    values["model"] = {"name": name, "num_layers": 2, "hidden_size": 32}
-    if name != "rwkv4":
-        values["model"]["head_size"] = 16
+    values["model"] = {"name": name, "num_layers": 2, "hidden_size": 32, **small.options(name, 16)}
     found = interrupted_equals_whole(parse_recipe(values), tmp_path, monkeypatch)
     assert found[-1] < found[0]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import wkv
+from tests import small
 from wkv.errors import WkvError
 from wkv.layers.language_model import LanguageModel
 from wkv.state import State
@@ -30,7 +31,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """A small model with every parameter away from its special initial values."""
     torch.manual_seed(7)
     sizes = {"vocab_size": V, "hidden_size": 16, "num_layers": 2, "ffn_size": 24}
-    model = wkv.create_model(name, **sizes, **({} if name == "rwkv4" else {"head_size": 8}))
+    model = wkv.create_model(name, **sizes, **small.options(name, 8))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -56,8 +57,12 @@ def carried(model: LanguageModel, learns: bool = True) -> State:
     """A state that has read something, as leaves."""
     with torch.no_grad():
         _, state = model(torch.arange(2 * B).reshape(B, 2))
-    layers = [{key: x.detach().clone().requires_grad_(learns) for key, x in layer.items()} for layer in state.layers]
-    return State(state.model, layers)
+    return State(state.model, [{key: leaf(x, learns) for key, x in layer.items()} for layer in state.layers])
+
+
+def leaf(x: Tensor, learns: bool = True) -> Tensor:
+    """A copy that collects gradients if it can."""
+    return x.detach().clone().requires_grad_(learns and x.is_floating_point())
 
 
 def gradients(model: LanguageModel, state: State | None = None) -> list[Tensor]:
@@ -94,7 +99,7 @@ def state_values(state: State) -> list[Tensor]:
         if "max" in layer:
             scale = layer["max"].exp()
             layer = {**layer, "num": layer["num"] * scale, "den": layer["den"] * scale, "max": scale * 0}
-        values += layer.values()
+        values += [layer[name] for name in sorted(layer)]
     return values
 
 
@@ -169,9 +174,7 @@ def test_a_frozen_model_with_a_state_that_learns(mode: str) -> None:
     """State tuning: one state for all rows, expanded by the caller."""
     model = build("rwkv7")
     model.requires_grad_(False)
-    layers = [
-        {k: x[:1].clone().requires_grad_() for k, x in layer.items()} for layer in carried(model, learns=False).layers
-    ]
+    layers = [{k: leaf(x[:1]) for k, x in layer.items()} for layer in carried(model, learns=False).layers]
     tuned = [x for layer in layers for x in layer.values()]
 
     def expanded() -> State:

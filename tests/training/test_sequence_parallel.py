@@ -16,7 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import wkv
-from tests.training.test_segments import B, T, V, batch, build, carried, error, gradients, one_pass, state_values
+from tests.training.test_segments import (
+    B,
+    T,
+    V,
+    batch,
+    build,
+    carried,
+    error,
+    gradients,
+    leaf,
+    one_pass,
+    state_values,
+)  # fmt: skip
 from wkv.errors import WkvError
 from wkv.state import State
 from wkv.training.segments import SegmentResult
@@ -72,7 +84,7 @@ def tuned_state_case(rank: int, size: int, group: dist.ProcessGroup) -> dict[str
     """Frozen weights; the initial state is made from what learns by a graph that can be walked once."""
     model, data = build("rwkv7"), batch("packed")
     model.requires_grad_(False)
-    raw = [{key: x[:1].clone().requires_grad_() for key, x in layer.items()} for layer in carried(model, False).layers]
+    raw = [{key: leaf(x[:1]) for key, x in layer.items()} for layer in carried(model, False).layers]
     tuned = [x for layer in raw for x in layer.values()]
 
     def made() -> State:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import wkv
+from tests import small
 from tests.training.helpers import write_corpus
 from tests.training.test_kill import leaves
 from wkv import tuning
@@ -35,11 +36,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_model(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint of a tiny model over bytes."""
     path = folder / f"{name}.safetensors"
-    sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 32, "num_layers": 1}
-    if name != "rwkv4":
-        sizes["head_size"] = 16
     torch.manual_seed(5)
-    model = wkv.create_model(name, **sizes)
+    model = wkv.create_model(name, vocab_size=256, hidden_size=32, num_layers=1, **small.options(name, 16))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.squeeze().ndim > 1:

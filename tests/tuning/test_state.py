@@ -20,12 +20,19 @@ from wkv.training import next_token_loss
 from wkv.training.head_loss import head_loss
 from wkv.training.segments import segmented_backward
 from wkv.tuning.state import InitialState, empty_state, prompt_state
+from wkv.tuning.state_slots import LowRank
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_tuning"
 SLOTS = {"att.time_state": "wkv", "att.ts_state": "att_shift", "ffn.ts_state": "ffn_shift"}
 FILES = {"state_x070": "state", "state_x060": "state", "fullstate_x070": "fullstate"}
 
-all_models = pytest.mark.parametrize("name", MODELS)
+# A cache that grows is all that a transformer remembers.
+TUNABLE = [name for name in MODELS if name != "transformer"]
+QUOTIENTS = ("rwkv4", "temporal", "rrwkv")  # they remember quotients, and no matrices
+MATRICES = [name for name in TUNABLE if name not in QUOTIENTS]
+TRAINED = ("wkv", "kv", "meta", "num")
+
+all_models = pytest.mark.parametrize("name", TUNABLE)
 both_methods = pytest.mark.parametrize("method", ["state", "fullstate"])
 all_files = pytest.mark.parametrize("file", FILES)
 
@@ -119,13 +126,29 @@ def test_the_start_changes_nothing(name: str, method: str, rank: int | None) -> 
     model, ids = build(name, torch.float32), tokens()
     with torch.no_grad():
         expected, end = model(ids)
-        mount(model, method, rank=None if name == "rwkv4" else rank)
+        mount(model, method, rank=None if name in QUOTIENTS else rank)
         found, tuned_end = model(ids)
-    if name == "rwkv4":  # another normaliser of the same empty past
+    if name in QUOTIENTS:  # another normaliser of the same empty past
         assert error(found, expected) < 1e-6
         return
     assert torch.equal(found, expected)
     assert all(torch.equal(a[slot], b[slot]) for a, b in zip(tuned_end.layers, end.layers, strict=True) for slot in b)
+
+
+def trained(model: LanguageModel, method: str = "state") -> list[set[str]]:
+    """Slots of every layer that a method trains."""
+    ends = ("shift",) if method == "fullstate" else ()
+    return [{slot for slot in layer if slot in TRAINED or slot.endswith(ends)} for layer in empty_state(model).layers]
+
+
+def low_rank(initial: InitialState) -> list[LowRank]:
+    """The slots that are products."""
+    return [module for module in initial.modules() if isinstance(module, LowRank)]
+
+
+def test_there_is_nothing_to_tune_in_a_cache() -> None:
+    with pytest.raises(WkvError, match="transformer has no state of constant size to tune; use an adapter of its"):
+        wkv.tuning.create("state", build("transformer", torch.float32))
 
 
 def mount(model: LanguageModel, method: str = "state", **options: object) -> InitialState:
@@ -149,8 +172,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str, method: str
     model, ids = build(name, torch.float32), tokens()
     initial = mount(model, method)
     next_token_loss(model(ids).logits, ids).backward()
-    trained = {"num" if name == "rwkv4" else "wkv"} | ({"att_shift", "ffn_shift"} if method == "fullstate" else set())
-    names = {f"layers.{layer}.{slot}.value" for layer in range(3) for slot in trained}
+    names = {f"layers.{layer}.{slot}.value" for layer, slots in enumerate(trained(model, method)) for slot in slots}
     assert dict(initial.named_parameters()).keys() == names
     for key, parameter in model.named_parameters():
         if key.startswith("initial_state."):
@@ -184,13 +206,14 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 @all_models
 def test_low_rank_gradients(name: str) -> None:
     model, ids = build(name, torch.float32), tokens()
-    if name == "rwkv4":
-        with pytest.raises(WkvError, match="rank is for matrix states, and rwkv4 has none"):
+    if name in QUOTIENTS:
+        with pytest.raises(WkvError, match=f"rank is for matrix states, and {name} has none"):
             InitialState(model, rank=2)
         return
     initial = mount(model, rank=2)
-    places = [layer["wkv"] for layer in initial.layers]
-    assert [tuple(place.left.shape) for place in places] == [(4, 8, 2)] * 3
+    places = low_rank(initial)
+    if name in ("rwkv5", "rwkv6", "rwkv7"):
+        assert [tuple(place.left.shape) for place in places] == [(4, 8, 2)] * 3
     optimizer = torch.optim.Adam(initial.parameters(), lr=0.01)
     for step in range(2):
         optimizer.zero_grad()
@@ -198,9 +221,9 @@ def test_low_rank_gradients(name: str) -> None:
         assert all(place.left.grad.any() for place in places)
         assert all(bool(place.right.grad.any()) == (step > 0) for place in places)
         optimizer.step()
-    again = InitialState(model, rank=2).layers[1]["wkv"].right
-    assert torch.equal(again, InitialState(model, rank=2).layers[1]["wkv"].right)
-    assert not torch.equal(again, InitialState(model, rank=2, seed=1).layers[1]["wkv"].right)
+    again = low_rank(InitialState(model, rank=2))[-1].right
+    assert torch.equal(again, low_rank(InitialState(model, rank=2))[-1].right)
+    assert not torch.equal(again, low_rank(InitialState(model, rank=2, seed=1))[-1].right)
 
 
 @all_models
@@ -218,20 +241,22 @@ def test_a_prompt_as_start_is_the_prompt_read_first(name: str, method: str) -> N
     assert all(p.grad.any() for p in model.initial_state.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "rwkv4"])
+@pytest.mark.parametrize("name", MATRICES)
 def test_ranks_of_a_prompt(name: str) -> None:
     model, ids = build(name, torch.float32), tokens(1)
     with torch.no_grad():
         state = model(ids).state
     whole = InitialState(model, init=state, rank=8).state()
-    for found, wanted in zip(whole.layers, state.layers, strict=True):
-        assert error(found["wkv"], wanted["wkv"]) < 1e-6
-        assert torch.equal(found["att_shift"], wanted["att_shift"])
-    for found, wanted in zip(InitialState(model, init=state, rank=3).state().layers, state.layers, strict=True):
-        tail = torch.linalg.svdvals(wanted["wkv"].double())[..., 3:].square().sum(-1).sqrt()
-        torch.testing.assert_close(
-            (found["wkv"] - wanted["wkv"]).double().norm(dim=(-2, -1)), tail, rtol=1e-4, atol=1e-6
-        )
+    low = InitialState(model, init=state, rank=3).state()
+    for wanted, slots, found, near in zip(state.layers, trained(model), whole.layers, low.layers, strict=True):
+        for slot, value in wanted.items():
+            if slot not in slots:
+                assert torch.equal(found[slot], value)
+                continue
+            assert error(found[slot], value) < 1e-6
+            tail = torch.linalg.svdvals(value.double())[..., 3:].square().sum(-1).sqrt()
+            distance = (near[slot] - value).double().norm(dim=(-2, -1))
+            torch.testing.assert_close(distance, tail, rtol=1e-4, atol=1e-6)
     with pytest.raises(WkvError, match="rank must be at most 8"):
         InitialState(model, rank=9)
 
@@ -240,16 +265,15 @@ def test_ranks_of_a_prompt(name: str) -> None:
 def test_some_layers_only(name: str) -> None:
     model = build(name, torch.float32)
     initial = mount(model, "fullstate", layers=[2, 0])
-    assert {key.split(".")[1] for key, _ in initial.named_parameters()} == {"0", "2"}
+    with_something = {str(layer) for layer, slots in enumerate(trained(model, "fullstate")) if slots}
+    assert {key.split(".")[1] for key, _ in initial.named_parameters()} == {"0", "2"} & with_something
     shake(initial)
     untouched = model.init_state(2).layers[1]
     assert all(
         torch.equal(untouched[slot], x.expand_as(untouched[slot])) for slot, x in empty_state(model).layers[1].items()
     )
-    state = State(
-        name, [{slot: torch.rand_like(x) for slot, x in layer.items()} for layer in empty_state(model).layers]
-    )
-    kept = InitialState(model, layers=[0], init=state).state()
+    state = prompt_state(model, [3, 1, 4])
+    kept = InitialState(model, "fullstate", layers=[0], init=state).state()
     assert all(torch.equal(kept.layers[1][slot], x) for slot, x in state.layers[1].items())
 
 
@@ -267,7 +291,8 @@ def test_a_state_of_its_own_for_every_sequence(name: str) -> None:
             torch.testing.assert_close(model(ids[row : row + 1], state).logits[0], together[row], atol=1e-9, rtol=1e-9)
         model.set_initial_state(initial)
         torch.testing.assert_close(model(ids[2:]).logits[0], together[2], atol=1e-9, rtol=1e-9)
-        model.init_state(1).layers[0]["ffn_shift"].fill_(9)  # whoever reads on may write to it
+        for slot in model.init_state(1).layers[0].values():
+            slot.fill_(9)  # whoever reads on may write to it
         torch.testing.assert_close(model(ids[2:]).logits[0], together[2], atol=1e-9, rtol=1e-9)
 
 
@@ -320,19 +345,21 @@ def test_half_precision_models_keep_the_state_in_float32(name: str) -> None:
         torch.equal(a[slot], b[slot]) for a, b in zip(initial.state().layers, before.layers, strict=True) for slot in a
     )
     start = model.init_state(2)
-    assert {slot: x.dtype for slot, x in start.layers[0].items() if "shift" in slot}["att_shift"] == torch.bfloat16
+    for slot, x in start.layers[0].items():
+        assert x.dtype == (torch.bfloat16 if slot.endswith(("shift", "cache")) else before.layers[0][slot].dtype), slot
     next_token_loss(model(ids).logits, ids).backward()
     assert all(p.grad.dtype == torch.float32 for p in initial.parameters())
     assert error(model(ids).logits.detach(), expected) < 0.1
-    assert model.double().init_state(1).layers[0]["att_shift"].dtype == torch.float64
+    wide = [x.dtype for x in model.double().init_state(1).layers[0].values() if x.is_floating_point()]
+    assert set(wide) == {torch.float64}
 
 
 class Odd(RWKV7):
     """A descendant that remembers more: matrices of another name, and a counter."""
 
-    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor) -> dict[str, Tensor]:
+    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor, layer: int) -> dict[str, Tensor]:
         more = {"memory": wide.new_zeros(batch_size, 3, 5), "count": torch.zeros(batch_size, dtype=torch.long)}
-        return {**super().init_layer_state(batch_size, shift, wide), **more}
+        return {**super().init_layer_state(batch_size, shift, wide, layer), **more}
 
 
 def test_states_of_other_models_are_found_by_their_slots() -> None:

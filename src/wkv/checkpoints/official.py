@@ -76,13 +76,18 @@ LAYER_SHAPES = {
 
 # Initial states that state tuning has learned: key within a layer -> slot of the model's state. The files keep
 # [H, N_value, N_key] for every version, as `State` does, and [C] for token shift. Nobody else tunes RWKV-4: its names
-# are ours.
+# are ours, and so is "state." before the name of any other slot.
 TUNED_SLOTS = {
     "att.time_state": "wkv", "att.ts_state": "att_shift", "ffn.ts_state": "ffn_shift",
     "att.num_state": "num", "att.den_state": "den", "att.max_state": "max",
 }  # fmt: skip
 
 _LAYER_KEY = re.compile(r"^blocks\.(0|[1-9]\d{0,5})\.(.+)$", re.DOTALL)
+
+
+def has_official_layout(name: str) -> bool:
+    """Whether files of other programs hold this model."""
+    return name in LAYER_SHAPES
 
 
 def split_key(key: str) -> tuple[int, str] | None:
@@ -94,7 +99,13 @@ def split_key(key: str) -> tuple[int, str] | None:
 def is_tuned_key(key: str) -> bool:
     """Whether `key` is that of a tuned initial state, such as "blocks.3.att.time_state"."""
     parts = split_key(key)
-    return parts is not None and parts[1] in TUNED_SLOTS
+    return parts is not None and tuned_slot(parts[1]) is not None
+
+
+def tuned_slot(name: str) -> str | None:
+    """ "att.time_state" -> "wkv", the slot of the model's state; None for keys of other things."""
+    own = name.removeprefix("state.")
+    return TUNED_SLOTS.get(name) or (own if own != name else None)
 
 
 def symbolic_shape(name: str, key: str) -> list[str] | None:

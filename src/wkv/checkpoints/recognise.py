@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wkv.checkpoints import detect
 from wkv.checkpoints.archive import NOT_STORED, Archive, Stored, listing, printable
+from wkv.checkpoints.based_names import is_released, read_released
 from wkv.checkpoints.foreign import refuse_foreign, refuse_variants
 from wkv.checkpoints.official import FIELDS, TITLES, is_tuned_key, official_keys
 from wkv.errors import WkvError
@@ -36,6 +37,7 @@ class Checkpoint:
         tuned: tensors of a tuned initial state, by their official names.
         tokenizer: description of the tokenizer, if the file has one.
         notes: what was converted or filled in.
+        untold: fields without which there is no model, and which nothing in the file tells.
     """
 
     archive: Archive
@@ -45,6 +47,7 @@ class Checkpoint:
     tuned: dict[str, Stored] = field(default_factory=dict)
     tokenizer: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -70,6 +73,10 @@ def recognise(archive: Archive) -> Checkpoint:
     if "wkv" in archive.metadata:
         return _from_description(archive)
     refuse_foreign(archive)
+    if is_released(archive.tensors):
+        tensors, fields, untold = read_released(archive)
+        notes = [*archive.notes, "named as the released BASED models"]
+        return Checkpoint(archive, "based", fields, tensors, notes=notes, untold=untold)
     tensors = without_prefixes(archive)
     tuned = {key: tensors.pop(key) for key in list(tensors) if is_tuned_key(key)}
     if tuned and not tensors:
@@ -195,14 +202,19 @@ def build(checkpoint: Checkpoint, overrides: Mapping[str, Any] | None = None) ->
         CheckpointError: if an override contradicts the file, or the file's sizes do not make a model.
         WkvError: for an unknown override.
     """
-    error = checkpoint.archive.error
+    error, overrides = checkpoint.archive.error, overrides or {}
+    missing = [key for key in checkpoint.untold if key not in overrides]
+    if missing:
+        what = f"recognised as {checkpoint.title}, but no tensor tells its {', '.join(missing)}"
+        raise error(f"{what}; give them, as in load_model(..., {missing[0]}=...)")
+    told = {key: overrides[key] for key in checkpoint.untold}
     try:
-        config = create_config(checkpoint.name, **checkpoint.fields)
+        config = create_config(checkpoint.name, **checkpoint.fields, **told)
     except (WkvError, TypeError) as cause:
         missing = [key for key in official_keys(checkpoint.name, checkpoint.fields) if key not in checkpoint.tensors]
         rest = f"; missing {listing(missing)}" if missing else ""
         raise error(f"recognised as {checkpoint.title}, but its sizes do not make one: {cause}{rest}") from cause
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         if key in checkpoint.fields and not key.endswith("_eps") and checkpoint.fields[key] != value:
             raise error(f"{key} is {checkpoint.fields[key]!r} in the file, it cannot be {value!r}")
     if overrides:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from wkv.checkpoints.gguf_saving import Recipe, recipe, save_gguf
 from wkv.checkpoints.loading import parse_dtype
-from wkv.checkpoints.tuned import tuned_tensors
+from wkv.checkpoints.official import has_official_layout
+from wkv.checkpoints.tuned import own_slots, tuned_tensors
 from wkv.errors import WkvError
 from wkv.files import replacing
 from wkv.layers.language_model import LanguageModel
@@ -54,9 +55,15 @@ def save_model(
     """
     path = Path(path)
     _check_format(format, path)
+    _check_model(model)
     if format != "wkv":
         model = _plain(model)
     dtype, limit = parse_dtype(dtype), _shard_limit(max_shard_size, path)
+    if format == "official" and not has_official_layout(model.name):
+        raise WkvError(f"format 'official' is not written for {model.name}; save it with format 'wkv'")
+    a_scale = getattr(model.config, "a_scale", 1)
+    if format != "wkv" and a_scale != 1:
+        raise WkvError(f"{format} files cannot hold a_scale {a_scale:g}; save it with format 'wkv'")
     chosen = _gguf_recipe(model, format, dtype, quantization, head_quantization)
     try:
         if chosen is not None:
@@ -74,7 +81,6 @@ def _gguf_recipe(
     model: LanguageModel, format: str, dtype: torch.dtype | None, quantization: str | None, head: str | None
 ) -> Recipe | None:
     """The types of a GGUF file; None for other formats."""
-    _check_model(model)
     if format != "gguf":
         if quantization is not None or head is not None:
             raise WkvError(f"quantization is for format 'gguf', not for {format!r}")
@@ -125,7 +131,6 @@ def _plain(model: LanguageModel) -> LanguageModel:
     """The model in floating point: other programs do not know our quantised weights."""
     from wkv.quantization.model import dequantize_model, is_quantized
 
-    _check_model(model)
     return dequantize_model(model) if is_quantized(model) else model
 
 
@@ -160,7 +165,7 @@ def _tensors(model: LanguageModel, dtype: torch.dtype | None) -> dict[str, Tenso
 
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    tuned = {} if model.tuned_state is None else tuned_tensors(model.tuned_state)
+    tuned = {} if model.tuned_state is None else tuned_tensors(model.tuned_state, own_slots(model))
     for key, value in {**stored_tensors(model), **tuned}.items():
         if value.is_meta:
             raise WkvError(f"{key} has no values (it is on the meta device); load or initialise the model first")

@@ -40,9 +40,8 @@ def _register(verbs: tuple[str, ...]) -> None:
             app.command(verb)(getattr(module, verb))
 
 
-_register(
-    ("demo", "info", "generate", "chat", "train", "finetune", "merge", "quantize", "bench", "tokenizer", "doctor")
-)
+_register(("demo", "info", "generate", "chat", "train", "finetune", "merge", "upgrade", "quantize"))
+_register(("eval", "bench", "tokenizer", "doctor"))
 
 
 def main() -> None:

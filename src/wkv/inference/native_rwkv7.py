@@ -46,6 +46,8 @@ def unsupported(model: LanguageModel) -> str | None:
         return f"the model is on {model.ln_out.weight.device}"
     if model.config.head_size not in _HEAD_SIZES:
         return f"head size {model.config.head_size} is not one of {', '.join(map(str, _HEAD_SIZES))}"
+    if model.config.a_scale != 1:
+        return f"a_scale is {model.config.a_scale:g}, and the kernels know only 1"
     types = {parameter.dtype for parameter in model.parameters()}
     if not types <= _FLOATS.keys():
         return f"parameters of type {', '.join(sorted(map(str, types - _FLOATS.keys())))}"

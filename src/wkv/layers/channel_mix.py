@@ -61,17 +61,28 @@ class TimeMixedChannelMix(GatedChannelMix):
         self, z_BTC: Tensor, carry: dict[str, Tensor], state: LayerState, timeline: Timeline
     ) -> tuple[Tensor, LayerState]:
         """Layer-normed input [B, T, C] -> output [B, T, C] and new state."""
+        (xk_BTC, xr_BTC), slots = self.mixed(z_BTC, carry, state, timeline)
+        return self.mix(xk_BTC, xr_BTC), slots
+
+    def mixed(
+        self, z_BTC: Tensor, carry: dict[str, Tensor], state: LayerState, timeline: Timeline
+    ) -> tuple[list[Tensor], LayerState]:
+        """What key and receptance read, each [B, T, C], and the new states."""
         shifted_BTC, ffn_shift = timeline.shift(z_BTC, state["ffn_shift"])
-        d_BTC = z_BTC - shifted_BTC
-        xk_BTC, xr_BTC = (torch.addcmul(shifted_BTC, d_BTC, share) for share in (self.time_mix_k, self.time_mix_r))
-        return self.mix(xk_BTC, xr_BTC), {"ffn_shift": ffn_shift}
+        return mixtures(z_BTC, shifted_BTC, self.time_mix_k, self.time_mix_r), {"ffn_shift": ffn_shift}
 
     def reset_parameters(self) -> None:
         """Official initial values."""
         _, eta = init.depth(self.layer, self.num_layers)
-        init.fill_(self.time_mix_k, init.ramp(self.time_mix_k.shape[-1]) ** eta)
-        init.fill_(self.time_mix_r, init.ramp(self.time_mix_r.shape[-1]) ** eta)
+        self.time_mix_k.copy_(init.ramp(self.time_mix_k.shape[-1]) ** eta)
+        self.time_mix_r.copy_(init.ramp(self.time_mix_r.shape[-1]) ** eta)
         self.reset_matrices(self.key_gain)
+
+
+def mixtures(z_BTC: Tensor, shifted_BTC: Tensor, *shares: Tensor) -> list[Tensor]:
+    """Per share [1, 1, C]: that much of the current token and the rest of the previous one."""
+    d_BTC = z_BTC - shifted_BTC
+    return [torch.addcmul(shifted_BTC, d_BTC, share) for share in shares]
 
 
 def squared_relu(x: Tensor) -> Tensor:

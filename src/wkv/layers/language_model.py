@@ -5,7 +5,6 @@ Shape letters: B batch, T time, C channels, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,78 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wkv.errors import WkvError
+from wkv.layers.config import LanguageModelConfig, MultiHeadConfig
+from wkv.layers.head import TiedHead
 from wkv.layers.initialisation import orthogonal_, tall_gain
-from wkv.layers.norms import LayerNorm
+from wkv.layers.norms import LayerNorm, RMSNorm
 from wkv.layers.timeline import Timeline
 from wkv.state import LayerState, State, check_compatible
 
-
-@dataclasses.dataclass(kw_only=True)
-class LanguageModelConfig:
-    """Sizes every model has. A size of None takes the official rule and is filled in at construction.
-
-    Args:
-        vocab_size: V, rows of the embedding and of the head.
-        hidden_size: C, width of the residual stream (`n_embd`).
-        num_layers: L.
-        attention_size: A, width of the time mix (`dim_att`); C by default.
-        ffn_size: F, inner width of the channel mix (`dim_ffn`).
-        norm_eps: eps of the layer norms.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    attention_size: int | None = None
-    ffn_size: int | None = None
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_field(field, getattr(self, field.name))
-        if self.attention_size is None:
-            self.attention_size = self.hidden_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, sizes filled in."""
-        return dataclasses.asdict(self)
-
-
-def check_field(field: dataclasses.Field[Any], value: object) -> None:
-    """Sizes are positive integers (or None where the official rule can fill them in), eps are positive numbers."""
-    if value is None and field.default is None:
-        return
-    if field.name.endswith("_eps"):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise WkvError(f"{field.name} must be a positive number, found {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise WkvError(f"{field.name} must be a positive integer, found {value!r}")
-
-
-@dataclasses.dataclass(kw_only=True)
-class MultiHeadConfig(LanguageModelConfig):
-    """Sizes of models with matrix-valued states.
-
-    Args:
-        head_size: N; A must be a multiple of it.
-        head_norm_eps: eps of the group norm over heads.
-    """
-
-    head_size: int = 64
-    head_norm_eps: float = 64e-5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        assert self.attention_size is not None
-        if self.attention_size % self.head_size:
-            found = f"attention_size {self.attention_size} is not a multiple of head_size {self.head_size}"
-            raise WkvError(f"{found}; choose a head_size that divides it")
-
-    @property
-    def num_heads(self) -> int:
-        """H = A / N."""
-        assert self.attention_size is not None
-        return self.attention_size // self.head_size
+Norm = type[LayerNorm] | type[RMSNorm]
 
 
 class Output(NamedTuple):
@@ -100,14 +35,23 @@ class Block(nn.Module):
 
     `att` and `ffn` come from the model's own file. Values that later layers need from earlier ones, such as
     RWKV-7's first value, travel in `carry`, a dictionary that is replaced and never changed in place.
+
+    Args:
+        config: the model's sizes.
+        layer: index of the layer.
+        att: the time mix, or what stands in its place.
+        ffn: the channel mix.
+        norm: class of the norms; with layer norms the first layer has `ln0` for the embedding, too.
     """
 
-    def __init__(self, config: LanguageModelConfig, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+    def __init__(
+        self, config: LanguageModelConfig, layer: int, att: nn.Module, ffn: nn.Module, norm: Norm = LayerNorm
+    ) -> None:
         super().__init__()
-        if layer == 0:
+        if layer == 0 and norm is LayerNorm:
             self.ln0 = LayerNorm(config.hidden_size, config.norm_eps)
-        self.ln1 = LayerNorm(config.hidden_size, config.norm_eps)
-        self.ln2 = LayerNorm(config.hidden_size, config.norm_eps)
+        self.ln1 = norm(config.hidden_size, config.norm_eps)
+        self.ln2 = norm(config.hidden_size, config.norm_eps)
         self.att = att
         self.ffn = ffn
 
@@ -122,10 +66,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, ln0, L blocks, ln_out and an untied head.
+    """Embedding, ln0, L blocks, ln_out and a head.
 
     Parameter names and shapes are those of the official checkpoints. Subclasses name themselves (`name`), build one
-    block (`build_block`) and describe one layer's state (`init_layer_state`).
+    block (`build_block`) and describe one layer's state (`init_layer_state`). Those with RMS norms (`norm`) have no
+    ln0. A configuration with `tied_head` lets the head be the embedding's matrix.
 
     Attributes:
         config: the model's sizes.
@@ -139,15 +84,19 @@ class LanguageModel(nn.Module):
     name: ClassVar[str]
     # Recipe: parts of parameter names -> factor on the learning rate; the first that matches counts.
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+    norm: ClassVar[Norm] = LayerNorm
     blocks: Any  # nn.ModuleList of Block
+    ln_out: Any  # of class `norm`
+    head: Any  # nn.Linear, TiedHead, or what quantisation puts there
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.config = config
         self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(self.build_block(config, layer) for layer in range(config.num_layers))
-        self.ln_out = LayerNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.ln_out = self.norm(config.hidden_size, config.norm_eps)
+        tied = getattr(config, "tied_head", False)
+        self.head = TiedHead(self.emb) if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.tokenizer: Any = None
         self.tuned_state: State | None = None
@@ -162,17 +111,19 @@ class LanguageModel(nn.Module):
         """The block of layer `layer`."""
         raise AttributeError(f"{type(self).__name__} must define build_block")
 
-    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor) -> LayerState:
-        """Zero state of one layer; make tensors with `shift.new_zeros` (activations) and `wide.new_zeros` (float32)."""
+    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor, layer: int) -> LayerState:
+        """Zero state of layer `layer`, by `shift.new_zeros` (activations: names that end in "shift" or "cache") and
+        `wide.new_zeros` (float32)."""
         raise AttributeError(f"{type(self).__name__} must define init_layer_state")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Give every parameter its official initial value."""
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        orthogonal_(self.head.weight, tall_gain(self.head.weight, 0.5))
+        if isinstance(self.head, nn.Linear):
+            orthogonal_(self.head.weight, tall_gain(self.head.weight, 0.5))
         for module in self.modules():
-            if isinstance(module, LayerNorm):
+            if isinstance(module, LayerNorm | RMSNorm):
                 module.reset_parameters()
         for block in self.blocks:
             block.att.reset_parameters()
@@ -211,7 +162,7 @@ class LanguageModel(nn.Module):
         weight = self.ln_out.weight  # never quantised
         shift = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
         wide = shift.to(torch.float64 if shift.dtype == torch.float64 else torch.float32)
-        layers = [self.init_layer_state(batch_size, shift, wide) for _ in range(self.config.num_layers)]
+        layers = [self.init_layer_state(batch_size, shift, wide, layer) for layer in range(self.config.num_layers)]
         empty = State(self.name, layers)
         return empty if self.initial_state is None else self.initial_state(empty)
 
@@ -248,13 +199,18 @@ class LanguageModel(nn.Module):
         else:
             check_compatible(state, self._state_template, tokens.device, tokens.shape[0])
         timeline = Timeline.build(mask, reset)
-        x_BTC = self.blocks[0].ln0(self.emb(tokens))
+        x_BTC = self.embed(tokens)
         carry = self.start_carry(tokens, x_BTC)
         layers = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             x_BTC, carry, new_state = self._run_block(block, x_BTC, carry, layer_state, timeline)
             layers.append(new_state)
         return self.ln_out(x_BTC), State(self.name, layers)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T] -> what the first layer reads [B, T, C]."""
+        x_BTC: Tensor = self.emb(tokens)
+        return self.blocks[0].ln0(x_BTC) if self.norm is LayerNorm else x_BTC
 
     def forward_head(self, hidden: Tensor) -> Tensor:
         """Hidden values [..., C] -> logits [..., V]."""
@@ -288,7 +244,7 @@ class LanguageModel(nn.Module):
 class MatrixStateModel(LanguageModel):
     """A language model whose layers keep one matrix per head, S [B, H, N_value, N_key]."""
 
-    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor) -> LayerState:
+    def init_layer_state(self, batch_size: int, shift: Tensor, wide: Tensor, layer: int) -> LayerState:
         """Zero token-shift and wkv states of one layer."""
         config = self.config
         assert isinstance(config, MultiHeadConfig)

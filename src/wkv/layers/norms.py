@@ -47,3 +47,26 @@ class HeadNorm(nn.Module):
         with torch.autocast(y_BTHN.device.type, enabled=False):
             y = F.layer_norm(wide(y_BTHN), y_BTHN.shape[-1:], eps=self.eps).flatten(-2)
             return torch.addcmul(wide(self.bias), y, wide(self.weight))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over channels, computed in float32, returned in the type of the input.
+
+    Args:
+        channels: C.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Ones."""
+        nn.init.ones_(self.weight)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import TimeMixedChannelMix
-from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.config import MultiHeadConfig
+from wkv.layers.language_model import Block, MatrixStateModel
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline
 from wkv.ops import wkv5

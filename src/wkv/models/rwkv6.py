@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import GatedChannelMix
-from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.config import MultiHeadConfig
+from wkv.layers.language_model import Block, MatrixStateModel
 from wkv.layers.low_rank import times
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from wkv.layers import initialisation as init
 from wkv.layers.channel_mix import squared_relu
-from wkv.layers.language_model import Block, MatrixStateModel, MultiHeadConfig
+from wkv.layers.config import MultiHeadConfig, between, option
+from wkv.layers.language_model import Block, MatrixStateModel
 from wkv.layers.low_rank import times
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline
@@ -35,8 +36,20 @@ from wkv.state import LayerState
 # The strongest decay is exp(-exp(-1/2)) = 0.545 per token.
 LOG_DECAY_SCALE = -math.exp(-0.5)
 
-# (y, (r, log_w, k, v, kk, iclr) all [B, T, H, N], state, timeline) -> what takes the place of y, and further slots.
+# (y, `Vectors`, state, timeline) -> what takes the place of y [B, T, H, N], and further slots.
 SideMemory = Callable[[Tensor, tuple[Tensor, ...], LayerState, Timeline], tuple[Tensor, LayerState]]
+
+GROWTH_STEPS = ({"heads"}, {"param_tokens"}, {"layers", "index"})
+
+
+def growth_steps(value: object) -> str | None:
+    """The check of `RWKV7Config.growth`."""
+    steps: list[Any] = value if isinstance(value, list) else [None]
+    fits = all(
+        isinstance(step, dict) and set(step) in GROWTH_STEPS and all(type(n) is int and n > 0 for n in step.values())
+        for step in steps
+    )
+    return None if fits else "a list of growth steps such as {'heads': 2}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,12 +58,18 @@ class RWKV7Config(MultiHeadConfig):
 
     Args:
         decay_rank, iclr_rank, value_rank, gate_rank: inner widths of the low-rank maps (Dw, Da, Dv, Dg).
+        a_scale: largest in-context learning rate, in (0, 2]. All published models have 1. With 2 a state can flip its
+            sign, which tracking states needs (parity, permutations), and it can grow without bound.
+        growth: what `wkv.models.growth` has added since the model was made, oldest first: {"heads": 2},
+            {"param_tokens": 64}, {"layers": 1, "index": 3}.
     """
 
     decay_rank: int | None = None
     iclr_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
+    a_scale: float = option(1.0, between(0, 2, open_low=True))
+    growth: list[dict[str, int]] = option([], growth_steps)  # noqa: RUF009 (a field, not a list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +87,17 @@ def low_rank(width: float) -> int:
     return max(32, 32 * round(width / 32))
 
 
+class Vectors(NamedTuple):
+    """What the heads read at every token, all [B, T, H, N]: kk is the removal key, iclr the in-context rate."""
+
+    r: Tensor
+    log_w: Tensor
+    k: Tensor
+    v: Tensor
+    kk: Tensor
+    iclr: Tensor
+
+
 class TimeMix(nn.Module):
     """The delta-rule memory of one layer."""
 
@@ -75,7 +105,7 @@ class TimeMix(nn.Module):
         super().__init__()
         assert config.attention_size is not None
         self.layer, self.num_layers = layer, config.num_layers
-        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.num_heads, self.head_size, self.a_scale = config.num_heads, config.head_size, config.a_scale
         hidden, width = config.hidden_size, config.attention_size
 
         self.x_r, self.x_w, self.x_k = (init.blank(1, 1, hidden) for _ in range(3))
@@ -99,6 +129,17 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], LayerState]:
         """Layer-normed input [B, T, C] -> output [B, T, C], carry with the first layer's values, new state."""
         shifted_BTC, att_shift = timeline.shift(z_BTC, state["att_shift"])
+        vectors, gate_BTA, carry = self.vectors(z_BTC, shifted_BTC, carry)
+        y_BTHN, slots = self.remember(vectors, state, timeline)
+        bonus_BTH1 = (vectors.r * vectors.k * self.r_k).sum(-1, keepdim=True)
+        y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * vectors.v).flatten(-2)
+        out_BTC = self.output((y_BTA * gate_BTA).to(gate_BTA.dtype))
+        return out_BTC, carry, {"att_shift": att_shift, **slots}
+
+    def vectors(
+        self, z_BTC: Tensor, shifted_BTC: Tensor, carry: dict[str, Tensor]
+    ) -> tuple[Vectors, Tensor, dict[str, Tensor]]:
+        """The input and the one before it [B, T, C] -> vectors, gate [B, T, A], carry with the first layer's values."""
         d_BTC = shifted_BTC - z_BTC
         xr, xw, xk, xv, xa, xg = (
             torch.addcmul(z_BTC, d_BTC, x) for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
@@ -106,7 +147,7 @@ class TimeMix(nn.Module):
         r_BTA, k_BTA, v_BTA = self.receptance(xr), self.key(xk), self.value(xv)
         moved_BTA = times(torch.tanh(times(xw, self.w1)), self.w2)
         log_w_BTA = LOG_DECAY_SCALE * torch.sigmoid(wide(self.w0) + wide(moved_BTA))
-        iclr_BTA = torch.sigmoid(self.a0 + times(times(xa, self.a1), self.a2))
+        iclr_BTA = self.a_scale * torch.sigmoid(self.a0 + times(times(xa, self.a1), self.a2))
         gate_BTA = times(torch.sigmoid(times(xg, self.g1)), self.g2)
         if self.layer == 0:
             carry = {**carry, "first_value": v_BTA}
@@ -115,24 +156,21 @@ class TimeMix(nn.Module):
             v_BTA = v_BTA + (carry["first_value"] - v_BTA) * share_BTA
 
         heads = (*z_BTC.shape[:2], self.num_heads, self.head_size)
-        r_BTHN, v_BTHN = r_BTA.view(heads), v_BTA.view(heads)
         # The removal direction is unit length per head, and made from the key before the key is changed.
         kk_BTHN = F.normalize(wide(k_BTA * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k_BTHN = (k_BTA * torch.addcmul(1 - self.k_a, iclr_BTA, self.k_a)).view(heads)
-        b_BTHN = kk_BTHN * iclr_BTA.view(heads)
-        y_BTHN, wkv = wkv7(
-            r_BTHN, log_w_BTA.view(heads), k_BTHN, v_BTHN, -kk_BTHN, b_BTHN, state["wkv"],
-            mask=timeline.mask, reset=timeline.reset,
-        )  # fmt: skip
-        slots = {"att_shift": att_shift, "wkv": wkv}
-        if self.side_memory is not None:
-            inputs = (r_BTHN, log_w_BTA.view(heads), k_BTHN, v_BTHN, kk_BTHN, iclr_BTA.view(heads))
-            y_BTHN, more = self.side_memory(y_BTHN, inputs, state, timeline)
-            slots = {**slots, **more}
-        bonus_BTH1 = (r_BTHN * k_BTHN * self.r_k).sum(-1, keepdim=True)
-        y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * v_BTHN).flatten(-2)
-        out_BTC = self.output((y_BTA * gate_BTA).to(gate_BTA.dtype))
-        return out_BTC, carry, slots
+        k_BTA = k_BTA * torch.addcmul(1 - self.k_a, iclr_BTA, self.k_a)
+        r, log_w, k, v, iclr = (x.view(heads) for x in (r_BTA, log_w_BTA, k_BTA, v_BTA, iclr_BTA))
+        return Vectors(r, log_w, k, v, kk_BTHN, iclr), gate_BTA, carry
+
+    def remember(self, vectors: Vectors, state: LayerState, timeline: Timeline) -> tuple[Tensor, LayerState]:
+        """What the heads read from the updated memory [B, T, H, N], and the slots of that memory."""
+        r, log_w, k, v, kk, iclr = vectors
+        flags = {"mask": timeline.mask, "reset": timeline.reset}
+        y_BTHN, wkv = wkv7(r, log_w, k, v, -kk, kk * iclr, state["wkv"], **flags)
+        if self.side_memory is None:
+            return y_BTHN, {"wkv": wkv}
+        y_BTHN, more = self.side_memory(y_BTHN, vectors, state, timeline)
+        return y_BTHN, {"wkv": wkv, **more}
 
     def reset_parameters(self) -> None:
         """Official initial values."""

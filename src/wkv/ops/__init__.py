@@ -2,9 +2,25 @@
 
 from wkv.ops.bi_wkv import bi_wkv
 from wkv.ops.dispatch import Backend, BackendStatus, backends, register, use_backend
+from wkv.ops.linear_attention import linear_attention
+from wkv.ops.taylor import taylor_attention, taylor_features
 from wkv.ops.wkv4 import wkv4
 from wkv.ops.wkv5 import wkv5
 from wkv.ops.wkv6 import wkv6
 from wkv.ops.wkv7 import wkv7
 
-__all__ = ["Backend", "BackendStatus", "backends", "bi_wkv", "register", "use_backend", "wkv4", "wkv5", "wkv6", "wkv7"]
+__all__ = [
+    "Backend",
+    "BackendStatus",
+    "backends",
+    "bi_wkv",
+    "linear_attention",
+    "register",
+    "taylor_attention",
+    "taylor_features",
+    "use_backend",
+    "wkv4",
+    "wkv5",
+    "wkv6",
+    "wkv7",
+]

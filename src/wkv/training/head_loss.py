@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from wkv.errors import WkvError
+from wkv.layers.head import TiedHead
 from wkv.layers.norms import wide
 from wkv.training.losses import check_mask
 
@@ -75,7 +76,7 @@ def head_loss(
     divisor, scale = _normalizers(targets, mask, normalizer)
     wrap = l2wrap / (positions or targets.numel())
     # A plain linear layer is its weight; the gradients of any other module are left to autograd.
-    if type(head) is nn.Linear and head.bias is None:
+    if isinstance(head, TiedHead) or (type(head) is nn.Linear and head.bias is None):
         head = head.weight
     module = None if isinstance(head, Tensor) else head
     parameters = [head] if isinstance(head, Tensor) else [p for p in head.parameters() if p.requires_grad]

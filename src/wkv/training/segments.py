@@ -194,12 +194,18 @@ def _borders(run: Run, sequences: Sequences, spans: Sequence[slice], state: Stat
         for i, span in enumerate(spans[:-1]):
             _, state = run.features(sequences.piece(span), borders[-1].state)
             shelves = shelves or [x.new_empty(len(spans) - 1, *x.shape) for x in state_tensors(state)]
-            for shelf, x in zip(shelves, state_tensors(state), strict=True):
-                shelf[i] = x
-            state = with_tensors(state, [shelf[i] for shelf in shelves])
+            state = with_tensors(state, map(_put, shelves, state_tensors(state), [i] * len(shelves)))
             borders.append(_Border(state, random_state(sequences.device, borders[-1].random)))
     torch.clear_autocast_cache()  # it may hold weights that were converted without a graph
     return borders
+
+
+def _put(shelf: Tensor, x: Tensor, place: int) -> Tensor:
+    """A copy of `x`, on the shelf if it is as large as the first one there was (caches of attention grow)."""
+    if x.shape != shelf.shape[1:]:
+        return x.clone()
+    shelf[place] = x
+    return shelf[place]
 
 
 class Piece(NamedTuple):
@@ -347,18 +353,18 @@ def free(state: State) -> State:
 
 def leaf_state(state: State) -> State:
     """The same values as leaves that collect gradients."""
-    return with_tensors(state, [x.detach().requires_grad_() for x in state_tensors(state)])
+    return with_tensors(state, [x.detach().requires_grad_(x.is_floating_point()) for x in state_tensors(state)])
 
 
 def state_tensors(state: State) -> list[Tensor]:
-    """All tensors, layer by layer."""
-    return [x for layer in state.layers for x in layer.values()]
+    """All tensors, layer by layer, by name: an empty state need not have the order of one that a model returns."""
+    return [layer[name] for layer in state.layers for name in sorted(layer)]
 
 
 def with_tensors(state: State, tensors: Iterable[Tensor]) -> State:
     """A state of the same kind, made of others in the order of `state_tensors`."""
     rest = iter(tensors)
-    return State(state.model, [{name: next(rest) for name in layer} for layer in state.layers])
+    return State(state.model, [{name: next(rest) for name in sorted(layer)} for layer in state.layers])
 
 
 def check_learns(model: LanguageModel, state: State) -> None:

@@ -212,14 +212,23 @@ class _Line:
 
     def send(self, state: State, step: int) -> None:
         """Send values to the next (+1) or previous (-1) process, if there is one, without waiting."""
-        if 0 <= self.rank + step < self.size:
-            message = _pack(state).to(self.messages, self.dtype)
+        if not 0 <= self.rank + step < self.size:
+            return
+        for message in (*_lengths(state), _pack(state).to(dtype=self.dtype)):
+            message = message.to(self.messages)
             self.under_way.append((dist.isend(message, self._global(self.rank + step), self.group), message))
 
     def receive(self, like: State, step: int) -> State | None:
-        """Wait for values with the shapes of `like` from the next or previous process; None if there is none."""
+        """Wait for values with the shapes of `like` from the next or previous process; None if there is none.
+
+        Caches of attention may have other lengths.
+        """
         if not 0 <= self.rank + step < self.size:
             return None
+        for message in _lengths(like):
+            message = message.to(self.messages)
+            dist.recv(message, self._global(self.rank + step), self.group)
+            like = _with_lengths(like, message)
         message = torch.empty_like(_pack(like), device=self.messages, dtype=self.dtype)
         dist.recv(message, self._global(self.rank + step), self.group)
         return _unpack(message.to(self.device), like)
@@ -239,6 +248,10 @@ class _Line:
 
     def last(self, state: State) -> State:
         """The state of the last process."""
+        for message in _lengths(state):
+            message = message.to(self.messages)
+            dist.broadcast(message, self._global(self.size - 1), self.group)
+            state = state if self.rank == self.size - 1 else _with_lengths(state, message)
         message = _pack(state).to(self.messages, self.dtype)
         dist.broadcast(message, self._global(self.size - 1), self.group)
         return _unpack(message.to(self.device), state)
@@ -256,3 +269,19 @@ def _unpack(values: Tensor, like: State) -> State:
     """The reverse of `_pack`: types and shapes are those of `like`."""
     parts = zip(values.split([x.numel() for x in state_tensors(like)]), state_tensors(like), strict=True)
     return with_tensors(like, [part.view(x.shape).to(x.dtype) for part, x in parts])
+
+
+def _lengths(state: State) -> list[Tensor]:
+    """One message with the lengths of all caches; none if there are no caches."""
+    lengths = [layer[name].shape[1] for layer in state.layers for name in sorted(layer) if name.endswith("cache")]
+    return [torch.tensor(lengths, dtype=torch.int64)] if lengths else []
+
+
+def _with_lengths(like: State, lengths: Tensor) -> State:
+    """A state of the same kind whose caches have these lengths."""
+    rest = iter(lengths.tolist())
+
+    def resized(name: str, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), next(rest), *x.shape[2:]) if name.endswith("cache") else x
+
+    return State(like.model, [{name: resized(name, layer[name]) for name in sorted(layer)} for layer in like.layers])

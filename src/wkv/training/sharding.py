@@ -39,7 +39,8 @@ def shard(model: LanguageModel, options: Any) -> None:
         settings["offload_policy"] = options.cpu_offload
     # States are views of activations, and nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    fully_shard(model.blocks[0].ln0, **settings)  # the model calls it before the block
+    if hasattr(model.blocks[0], "ln0"):
+        fully_shard(model.blocks[0].ln0, **settings)  # the model calls it before the block
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **settings)
     fully_shard(model, **settings)

@@ -77,6 +77,8 @@ class InitialState(nn.Module):
                 module = build.slot(name, value[0].clone(), number in chosen, init is not None)
                 if module is not None:
                     places[name] = module
+        if not any(True for _ in self.parameters()):
+            raise WkvError(f"{model.name} has no state of constant size to tune; use an adapter of its weights")
         if rank is not None and not any(isinstance(module, LowRank) for module in self.modules()):
             raise WkvError(f"rank is for matrix states, and {model.name} has none; leave it out")
         self.to(model.ln_out.weight.device)
@@ -108,7 +110,8 @@ class InitialState(nn.Module):
             WkvError: if the model has no such slot, or it has another shape or is trained.
         """
         known = self._empty.layers[layer].get(slot) if 0 <= layer < len(self.layers) else None
-        if known is None or known.shape[1:] != value.shape:
+        grows = int(slot.endswith("cache"))
+        if known is None or known.shape[1 + grows :] != value.shape[grows:]:
             expected = "no such slot" if known is None else f"shape {list(known.shape[1:])}"
             raise WkvError(f"layer {layer}, {slot}: found {list(value.shape)}, but {self._empty.model} has {expected}")
         places: Any = self.layers[layer]
@@ -132,15 +135,16 @@ def _filled(places: Any, zeros: LayerState) -> LayerState:
     """A layer's state with memory of its own for every sequence: whoever reads on from it may write to it."""
     filled = dict(zeros)
     for name, place in places.items():
-        value = place().to(zeros[name].device, zeros[name].dtype).expand_as(zeros[name])
+        value, zero = place(), zeros[name]
+        value = value.to(zero.device, zero.dtype).expand(len(zero), *value.shape)  # a cache may be longer than its zero
         filled[name] = value.clone(memory_format=torch.contiguous_format)
     return filled
 
 
 def empty_state(model: LanguageModel) -> State:
     """The state of one sequence before its first token that the model has without any tuning, in float32 on the CPU."""
-    blank = torch.empty(0)
-    return State(model.name, [model.init_layer_state(1, blank, blank) for _ in range(model.config.num_layers)])
+    blank, layers = torch.empty(0), range(model.config.num_layers)
+    return State(model.name, [model.init_layer_state(1, blank, blank, layer) for layer in layers])
 
 
 def _checked(init: State, empty: State) -> State:

@@ -21,17 +21,22 @@ class Rule(NamedTuple):
     Args:
         methods: that train it; none if it cannot be trained.
         start: value that takes the place of an empty one in a tuned layer; None leaves it as it is.
+        matrix: whether a slot of two or more dimensions is one matrix or several, which can have a low rank.
     """
 
     methods: tuple[str, ...]
     start: float | None = None
+    matrix: bool = True
 
 
 # End of a slot's name -> rule; the first that fits counts. Slots that are not floating point are never trained.
 RULES = {
-    "shift": Rule(("fullstate",)),
+    "shift": Rule(("fullstate",), matrix=False),
+    # What rrwkv knows of whole segments, the normaliser of linear attention, and caches of attention.
+    **dict.fromkeys(("pool_num", "pool_den", "pool_max", "sum", "medium", "z", "cache"), Rule(())),
     "den": Rule((), start=0.0),
     "max": Rule((), start=0.0),
+    "num": Rule(("state", "fullstate"), matrix=False),
     "": Rule(("state", "fullstate")),
 }
 
@@ -122,6 +127,6 @@ class Builder(NamedTuple):
             value = torch.where(value > EMPTY / 2, value, rule.start)
         if not tuned or self.method not in rule.methods:
             return Fixed(wide(value)) if given or (tuned and rule.start is not None) else None
-        if self.rank is not None and value.ndim > 1:
+        if self.rank is not None and rule.matrix and value.ndim > 1:
             return LowRank(wide(value), self.rank, self.generator)
         return Whole(wide(value))
