@@ -13,7 +13,7 @@ from torch import Tensor
 import wkv
 from wkv.quantization.ggml_blocks import BLOCK_TYPES, dequantize
 
-NAMES = ("rwkv4", "rwkv5", "rwkv5_0", "rwkv5_1", "rwkv6", "rwkv7", "rwkv7a")
+NAMES = ("rwkv4", "rwkv5", "rwkv5_0", "rwkv5_1", "rwkv6", "rwkv7", "rwkv7a", "temporal")
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARED = Path(__file__).parents[3] / "shared" / "golden"
 
@@ -21,13 +21,14 @@ _RANKS = {
     "rwkv6": {"shift_rank": 3, "decay_rank": 5},
     "rwkv7": {"decay_rank": 3, "iclr_rank": 5, "value_rank": 2, "gate_rank": 7},
     "rwkv7a": {"decay_rank": 3, "iclr_rank": 5, "value_rank": 2, "gate_rank": 7, "embed_rank": 3},
+    "temporal": {"perspectives": 3},
 }
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A model whose sizes all differ and follow no default rule; every value is random."""
     torch.manual_seed(len(name))
-    heads = {} if name == "rwkv4" else {"head_size": 4}
+    heads = {} if name in ("rwkv4", "temporal") else {"head_size": 4}
     sizes = {"vocab_size": 11, "hidden_size": 12, "num_layers": 3, "attention_size": 8, "ffn_size": 22}
     model = wkv.create_model(name, **{**sizes, **heads, **_RANKS.get(name, {}), **overrides})
     for parameter in model.parameters():

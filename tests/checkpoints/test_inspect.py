@@ -24,7 +24,7 @@ def test_the_table_of_official_shapes_is_that_of_the_models(name: str) -> None:
     config = model.config.to_dict()
     letters = {"V": "vocab_size", "C": "hidden_size", "A": "attention_size", "F": "ffn_size", "N": "head_size",
                "M": "shift_rank", "W": "decay_rank", "I": "iclr_rank", "R": "value_rank", "G": "gate_rank",
-               "E": "embed_rank"}  # fmt: skip
+               "E": "embed_rank", "P": "perspectives"}  # fmt: skip
     sizes = {letter: config.get(field) for letter, field in letters.items()} | {"1": 1, "5": 5, "H": 2}
     sizes |= {"5M": 5 * config.get("shift_rank", 0), "EE": config.get("embed_rank", 0) ** 2}
     assert sorted(official_keys(name, config)) == sorted(model.state_dict())

@@ -32,7 +32,7 @@ FAST = {
     "rwkv4": {"time_decay": 2.0, "time_first": 3.0}, "rwkv5_0": {"time_decay": 2.0, "time_first": 3.0},
     "rwkv5_1": {"time_decay": 2.0}, "rwkv5": {"time_decay": 2.0}, "rwkv6": {"time_decay": 2.0},
     "rwkv7": {"w0": 2.0}, "rwkv7a": {"w0": 2.0}, "meta_state": {"w0": 2.0},
-    **dict.fromkeys(("temporal", "rrwkv"), {"time_decay": 2.0, "time_first": 3.0}),
+    **{name: {"time_decay": 2.0, "time_first": 3.0} for name in ("temporal", "rrwkv")},
     "hybrid": {"state_heads.w0": 2.0}, "based": {}, "transformer": {},
 }  # fmt: skip
 

@@ -22,6 +22,8 @@ def model_name(shapes: Shapes) -> str:
 
     RWKV-5.0 and 5.1 keep one decay per head, 5.2 one per channel; the file name or a version number never counts.
     """
+    if "convert3.weight" in shapes:
+        return "temporal"
     parts = [(split[1], shape) for key, shape in shapes.items() if (split := split_key(key))]
     names = {name for name, _ in parts}
     if names.intersection(_MARKS_7):

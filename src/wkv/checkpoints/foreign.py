@@ -10,6 +10,7 @@ from wkv.checkpoints.archive import Archive, Stored, printable
 _OFFICIAL = "load the official .pth or .safetensors it was made from"
 _NOT_YET = "wkv has no model for it"
 
+_PRE = r"\.ffnPre\."
 # Pattern of a key -> (what the checkpoint is, what to do).
 _KEYS = {
     r"^_(strategy|version|rescale_layer)$": ("converted by the `rwkv` package for one strategy", _OFFICIAL),
@@ -17,7 +18,7 @@ _KEYS = {
     r"\.enn\.": ("an RWKV-8 preview (rc00, vectors per token)", _NOT_YET),
     r"(^|[._])rosa([._]|$)": ("RWKV-8 with ROSA", _NOT_YET),
     r"^head_[qk]\.": ("an RWKV with the research option headQK", _NOT_YET),
-    r"\.ffnPre\.": ("an RWKV with the research option pre_ffn", _NOT_YET),
+    _PRE: ("an RWKV with the research option pre_ffn", _NOT_YET),
     r"\.tiny_": ("an RWKV with the research option of tiny attention", _NOT_YET),
     r"\.att\.(qq|kk|vv|oo)\b": ("RWKV-4a (tiny attention)", _NOT_YET),
     r"^(token_embd|blk\.\d+)\.": ("named as in GGUF", "load the .gguf file itself"),
@@ -36,9 +37,10 @@ def refuse_foreign(archive: Archive) -> None:
     """Raise `CheckpointError` if the keys belong to a layout or a variant that has no model here."""
     if "wkv_state" in archive.metadata:
         raise archive.error("a saved state, not a model; read it with wkv.State.load")
+    perspectives = any(key.endswith("convert3.weight") for key in archive.tensors)  # `temporal` has that option
     for key in (*archive.extras, *archive.tensors):
         for pattern, (what, advice) in _KEYS.items():
-            if re.search(pattern, key):
+            if re.search(pattern, key) and not (pattern == _PRE and perspectives):
                 raise archive.error(f"{what}, as its key {printable(key)} shows; {advice}")
 
 

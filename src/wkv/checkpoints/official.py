@@ -4,7 +4,7 @@ Shapes are written in the letters of the papers; every letter is a size that can
 
     V vocabulary, C hidden, A attention, F ffn, H heads, N head size,
     M rank of RWKV-6's token shift (5M: five of them), W decay, I in-context learning rate, R value, G gate,
-    E side of RWKV-7a's token matrices (EE: its square).
+    E side of RWKV-7a's token matrices (EE: its square), P temporal perspectives.
 
 Numbers are sizes that never vary.
 """
@@ -19,18 +19,19 @@ from typing import Any
 FIELDS = {
     "V": "vocab_size", "C": "hidden_size", "A": "attention_size", "F": "ffn_size", "H": "number of heads",
     "N": "head_size", "M": "shift_rank", "W": "decay_rank", "I": "iclr_rank", "R": "value_rank", "G": "gate_rank",
-    "E": "embed_rank",
+    "E": "embed_rank", "P": "perspectives",
 }  # fmt: skip
 
 TITLES = {
     "rwkv4": "RWKV-4", "rwkv5_0": "RWKV-5.0", "rwkv5_1": "RWKV-5.1", "rwkv5": "RWKV-5.2", "rwkv6": "RWKV-6",
-    "rwkv7": "RWKV-7", "rwkv7a": "RWKV-7a",
+    "rwkv7": "RWKV-7", "rwkv7a": "RWKV-7a", "temporal": "RWKV-4 with temporal perspectives",
 }  # fmt: skip
 
 _FRAME = {
     "emb.weight": "V C", "head.weight": "V C", "ln_out.weight": "C", "ln_out.bias": "C",
     "blocks.0.ln0.weight": "C", "blocks.0.ln0.bias": "C",
 }  # fmt: skip
+_FRAMES = {"temporal": {**_FRAME, "convert3.weight": "P C"}}
 _NORMS = {"ln1.weight": "C", "ln1.bias": "C", "ln2.weight": "C", "ln2.bias": "C"}
 _MATRICES = {
     "att.receptance.weight": "A C", "att.key.weight": "A C", "att.value.weight": "A C", "att.output.weight": "C A",
@@ -41,6 +42,12 @@ _CHANNEL_MIX = {"ffn.key.weight": "F C", "ffn.value.weight": "C F"}
 _MIX_4 = {
     "att.time_mix_k": "1 1 C", "att.time_mix_v": "1 1 C", "att.time_mix_r": "1 1 C",
     "ffn.time_mix_k": "1 1 C", "ffn.time_mix_r": "1 1 C", "ffn.receptance.weight": "C C",
+}  # fmt: skip
+_MIX_TEMPORAL = {key: shape.replace("1 1 C", "P 1 1 C") for key, shape in _MIX_4.items()}
+# In place of a time mix; the first layer alone may have it.
+_FFN_PRE = {
+    "ffnPre.time_mix_k": "P 1 1 C", "ffnPre.time_mix_r": "P 1 1 C",
+    "ffnPre.key.weight": "F C", "ffnPre.receptance.weight": "C C", "ffnPre.value.weight": "C F",
 }  # fmt: skip
 _MIX_5 = {**_MIX_4, **_GATE, "att.time_mix_g": "1 1 C"}
 _MIX_6 = {
@@ -72,6 +79,7 @@ LAYER_SHAPES = {
     "rwkv6": {**_EVERY_5, **_GATE, **_MIX_6},
     "rwkv7": {**_EVERY_5, **_MIX_7},
     "rwkv7a": {**_EVERY_5, **_MIX_7, **_DEEP_EMBED},
+    "temporal": {**_EVERY, **_MIX_TEMPORAL, **_FFN_PRE, "att.time_decay": "A", "att.time_first": "A"},
 }
 
 # Initial states that state tuning has learned: key within a layer -> slot of the model's state. The files keep
@@ -111,7 +119,7 @@ def tuned_slot(name: str) -> str | None:
 def symbolic_shape(name: str, key: str) -> list[str] | None:
     """The letters of the shape of `key` in model `name`; None if the model has no such key."""
     parts = split_key(key)
-    text = _FRAME.get(key) or (LAYER_SHAPES[name].get(parts[1]) if parts else None)
+    text = _FRAMES.get(name, _FRAME).get(key) or (LAYER_SHAPES[name].get(parts[1]) if parts else None)
     return text.split() if text else None
 
 
@@ -120,4 +128,11 @@ def official_keys(name: str, fields: Mapping[str, Any]) -> list[str]:
     layers = fields.get("num_layers", 0)
     if name not in LAYER_SHAPES or not isinstance(layers, int):
         return []
-    return [*_FRAME, *(f"blocks.{layer}.{key}" for layer in range(layers) for key in LAYER_SHAPES[name])]
+    keys = [
+        *_FRAMES.get(name, _FRAME),
+        *(f"blocks.{layer}.{key}" for layer in range(layers) for key in LAYER_SHAPES[name]),
+    ]
+    absent = "blocks.0.att." if fields.get("ffn_pre") else "blocks.0.ffnPre."
+    return [
+        key for key in keys if not key.startswith(absent) and (".ffnPre." not in key or key.startswith("blocks.0."))
+    ]

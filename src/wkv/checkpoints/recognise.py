@@ -115,6 +115,8 @@ def _read_sizes(checkpoint: Checkpoint) -> None:
     letters = detect.sizes(checkpoint.archive, checkpoint.name, shapes)
     checkpoint.fields = {FIELDS[letter]: value for letter, value in letters.items() if letter != "H"}
     checkpoint.fields["num_layers"] = layers
+    if checkpoint.name == "temporal":
+        checkpoint.fields["ffn_pre"] = any(key.startswith("blocks.0.ffnPre.") for key in shapes)
 
 
 def _add_gguf_fields(checkpoint: Checkpoint) -> None:

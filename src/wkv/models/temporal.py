@@ -199,19 +199,19 @@ class Temporal(RWKV4):
     def from_base(cls, base: RWKV4, **options: Any) -> Temporal:
         """The upgrade of a trained RWKV-4: its weights (copied), its coefficients P times, a new gate.
 
-        With `init_jitter=0` it computes what the base does. With the default it does so nearly: perspectives that are
-        exact copies stay copies in training.
+        It computes what the base does. But perspectives that are exact copies stay copies in training: give
+        `init_jitter`, such as 0.02, when the model will be trained; it then computes nearly what the base does.
 
         Args:
             base: an RWKV-4 in floating point without adapters; its type and device are kept.
-            options: `perspectives`, `init_jitter`.
+            options: `perspectives`, `init_jitter` (0 here).
 
         Raises:
             WkvError: for another model, or another option.
         """
         if "ffn_pre" in options:
             raise WkvError("from_base has no option 'ffn_pre': RWKV-4 has a time mix in every layer")
-        return descendant(cls, TemporalConfig, base, options)
+        return descendant(cls, TemporalConfig, base, {"init_jitter": 0.0, **options})
 
 
 def perspective_parameters(model: Temporal) -> dict[str, nn.Parameter]:
