@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -74,10 +75,10 @@ def parse_recipe(values: Any) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    schema = _schema(values)
-    check_keys(values, schema)
+    config = _config_class(values)
+    check_keys(values, _schema(config))
     try:
-        filled = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
+        filled = OmegaConf.to_container(OmegaConf.merge(_structured(config), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{getattr(error, 'full_key', None) or 'recipe'}: {_first_line(error)}") from error
     assert isinstance(filled, dict)
@@ -94,15 +95,29 @@ def parse_recipe(values: Any) -> Recipe:
     return recipe
 
 
-def _schema(values: Any) -> type[Any]:
-    """The layout of recipes for the model that `values` names: its configuration fields stand in `model`."""
+def _config_class(values: Any) -> Any:
+    """That of the model which `values` names."""
     name = "rwkv7"
     if isinstance(values, dict) and isinstance(values.get("model"), dict):
         name = values["model"].get("name", name)
     try:
-        config = registry.entry(name if isinstance(name, str) else repr(name)).config_class
+        found = registry.entry(name if isinstance(name, str) else repr(name)).config_class
     except WkvError as error:
         raise RecipeError(f"model.name: {error}") from error
+    return found
+
+
+@functools.cache
+def _structured(config: Any) -> Any:
+    """The layout of recipes as OmegaConf has it; making it takes longer than everything else about a recipe."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(_schema(config))
+
+
+@functools.cache
+def _schema(config: Any) -> type[Any]:
+    """The layout of recipes for a model: its configuration fields stand in `model`."""
     hints = typing.get_type_hints(config)
     sizes = [(f.name, typing.Optional[hints[f.name]], None) for f in dataclasses.fields(config) if f.init]  # noqa: UP045
     model = dataclasses.make_dataclass("Model", [("name", str, "rwkv7"), ("preset", str | None, None), *sizes])
