@@ -64,6 +64,8 @@ def test_commands(command: str, folder: Path) -> None:
     words = shlex.split(command)[1:]
     if words[0] == "train":
         words += QUICK.split()
+    if words[0] == "eval":
+        words += ["train.steps=2"]
     assert run([sys.executable, "-m", "wkv.cli", *words], folder).strip()
 
 

@@ -89,10 +89,10 @@ class Plan:
 
     layers: int = 2
     width: int = 128
-    context: int = 256
+    context: int = 128
     rows: int = 8
-    steps: int = 2000
-    more_steps: int = 600
+    steps: int = 1500
+    more_steps: int = 300
     base_rate: float = 3e-3
     rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     step: float = 4.0

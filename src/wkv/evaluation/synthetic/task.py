@@ -122,7 +122,7 @@ class Task(ABC):
 
     def draw_as(self, compat: str, n: int, seed: int, split: str) -> Samples:
         """Draw `n` rows as an original does."""
-        raise NotImplementedError(compat)
+        raise self.fail(f"there are no draws of {compat}")
 
     def fail(self, words: str) -> WkvError:
         """An error that names the task."""
