@@ -63,7 +63,9 @@ def test_make_commands_exist() -> None:
 def test_commands(command: str, folder: Path) -> None:
     words = shlex.split(command)[1:]
     if words[0] == "train":
-        words += QUICK.split()
+        words += [*QUICK.split(), "data.source=chats.jsonl"]
+    if words[0] == "finetune":
+        words += ["--epochs", "0.5"]
     if words[0] == "eval":
         words += ["train.steps=2"]
     assert run([sys.executable, "-m", "wkv.cli", *words], folder).strip()
