@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 import wkv
+from tests import small
 from wkv.layers.language_model import LanguageModel
 
 LANGUAGE_MODELS = ("rwkv4", "rwkv5_0", "rwkv5_1", "rwkv5", "rwkv6", "rwkv7", "rwkv7a")
 
 
-def small_model(name: str = "rwkv7", seed: int = 0, **sizes: int) -> LanguageModel:
+def small_model(name: str = "rwkv7", seed: int = 0, **sizes: Any) -> LanguageModel:
     """A model whose every parameter counts, in evaluation mode, with a byte tokenizer."""
     torch.manual_seed(seed)
     fields = {"vocab_size": 257, "hidden_size": 64, "num_layers": 2, **sizes}
-    if name != "rwkv4":
-        fields.setdefault("head_size", 32)
+    fields = {**small.options(name, 32), **fields}
     model = wkv.create_model(name, **fields).eval()
     for parameter in model.parameters():
         if parameter.squeeze().ndim >= 2:

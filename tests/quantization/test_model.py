@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import wkv
+from tests import small
 from tests.quantization.helpers import LANGUAGE_MODELS, relative, small_model, tokens
 from wkv import native
 from wkv.errors import WkvError
@@ -42,6 +44,19 @@ def test_logits_stay_close(name: str, bits: int, dtype: torch.dtype) -> None:
     ].keys()
     assert resident_bytes(quantized) < resident_bytes(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", [name for name in wkv.list_models() if name not in LANGUAGE_MODELS])
+def test_descendants(name: str, bits: int, tmp_path: Path) -> None:
+    model = small_model(name, **small.options(name, 32))
+    expected = model(tokens()).logits.detach()
+    quantized = quantize_model(model, bits)
+    found = quantized(tokens()).logits
+    assert relative(found, expected) < BARS[bits]
+    assert resident_bytes(quantized) < resident_bytes(model)
+    wkv.save_model(quantized, tmp_path / "m.safetensors")
+    assert torch.equal(wkv.load_model(tmp_path / "m.safetensors")(tokens()).logits, found)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wkv.errors import WkvError
+from wkv.layers.head import TiedHead
 from wkv.layers.language_model import LanguageModel
 from wkv.layers.meta import without_values
 from wkv.quantization.modules import QuantizedEmbedding, QuantizedLinear, quantize_linear
@@ -126,8 +127,18 @@ def plan(model: LanguageModel, policy: Policy) -> list[Part]:
         if parameter.is_meta:
             raise WkvError(f"{name} has no values (it is on the meta device); load or initialise the model first")
         group = group_of(name)
-        parts.append(_part(name, parameter.detach(), group, kinds[group]))
+        note = _obstacle(model, name) if kinds[group] in INTEGERS else ""
+        part = Part(name, group, "keep", note) if note else _part(name, parameter.detach(), group, kinds[group])
+        parts.append(part)
     return parts
+
+
+def _obstacle(model: LanguageModel, name: str) -> str:
+    """Why a matrix cannot be stored in integers, or ""."""
+    if name == "emb.weight" and isinstance(model.head, TiedHead):
+        return "the head is the same matrix"
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return "its layer has a bias" if isinstance(layer, nn.Linear) and layer.bias is not None else ""
 
 
 def _part(name: str, value: Tensor, group: str, kind: str) -> Part:
@@ -156,7 +167,8 @@ def _quantized(model: LanguageModel, part: Part) -> Quantized:
             made = QuantizedEmbedding.from_weight(layer.weight)
             made.dtype = activation_dtype(model)
             return made
-        linear = quantize_linear(layer, part.kind, sparse=part.group == "ffn_value" and part.kind != "int6")  # type: ignore[arg-type]
+        squared = part.name.endswith("ffn.value.weight")  # its inputs are mostly zeros
+        linear = quantize_linear(layer, part.kind, sparse=squared and part.kind != "int6")  # type: ignore[arg-type]
         return linear.to(layer.weight.device)
     except WkvError as error:
         raise WkvError(f"{part.name}: {error}") from error

@@ -25,9 +25,10 @@ _RULES = (
     (r"emb\.weight", "emb"),
     (rf"{_FFN}s_emb(_x)?\.weight", "emb"),  # RWKV-7a: the matrices of the tokens
     (r"head\.weight", "head"),
-    (r"blocks\.\d+\.att\.(receptance|key|value|output|gate)\.weight", "att"),
-    (rf"{_FFN}key\.weight", "ffn_key"),
-    (rf"{_FFN}value\.weight", "ffn_value"),
+    # With the parts that a hybrid has within its mixer.
+    (r"blocks\.\d+\.att\.(\w+\.)*(query|receptance|key|value|output|gate)\.weight", "att"),
+    (rf"{_FFN}(key|gate|up)\.weight", "ffn_key"),
+    (rf"{_FFN}(value|down)\.weight", "ffn_value"),
     (rf"{_FFN}receptance\.weight", "ffn_receptance"),
     (r"blocks\.\d+\.att\.([wavg]|time_maa_w|time_decay_w)[12]", "low_rank"),
     (rf"{_FFN}s[12]", "low_rank"),
@@ -41,7 +42,7 @@ class Policy:
     Args:
         emb: the embedding, and the token matrices of RWKV-7a; int8 is the only integer kind.
         head: the output matrix.
-        att: receptance, key, value, output and gate matrices of the time mix.
+        att: query, receptance, key, value, output and gate matrices of the time mix, or of what is in its place.
         ffn_key, ffn_value, ffn_receptance: matrices of the channel mix.
         low_rank: factors of the low-rank maps; floating point only.
         vectors: all else: norms, token shift, decay, bonus; floating point only. Activations have their type.
