@@ -18,8 +18,9 @@ from wkv.state import State
 from wkv.training.distributed import Team
 from wkv.training.head_loss import head_loss
 from wkv.training.sections import TrainRecipe
-from wkv.training.segments import free, segmented_backward
+from wkv.training.segments import segmented_backward
 from wkv.training.sequence_parallel import sequence_parallel_backward, sum_gradients
+from wkv.training.states import free
 
 
 class Objective(nn.Module):

@@ -11,7 +11,7 @@ Shape letters: B batch, T time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from wkv.layers.language_model import LanguageModel
 from wkv.state import State
 from wkv.training.head_loss import head_loss
 from wkv.training.randomness import random_state, set_random_state
+from wkv.training.states import free, leaf_state, put, state_tensors, with_tensors
 
 Values = Tensor | np.ndarray  # [B, T], also a np.memmap
 Backward = Callable[[Tensor], object]
@@ -194,18 +195,10 @@ def _borders(run: Run, sequences: Sequences, spans: Sequence[slice], state: Stat
         for i, span in enumerate(spans[:-1]):
             _, state = run.features(sequences.piece(span), borders[-1].state)
             shelves = shelves or [x.new_empty(len(spans) - 1, *x.shape) for x in state_tensors(state)]
-            state = with_tensors(state, map(_put, shelves, state_tensors(state), [i] * len(shelves)))
+            state = with_tensors(state, map(put, shelves, state_tensors(state), [i] * len(shelves)))
             borders.append(_Border(state, random_state(sequences.device, borders[-1].random)))
     torch.clear_autocast_cache()  # it may hold weights that were converted without a graph
     return borders
-
-
-def _put(shelf: Tensor, x: Tensor, place: int) -> Tensor:
-    """A copy of `x`, on the shelf if it is as large as the first one there was (caches of attention grow)."""
-    if x.shape != shelf.shape[1:]:
-        return x.clone()
-    shelf[place] = x
-    return shelf[place]
 
 
 class Piece(NamedTuple):
@@ -344,27 +337,6 @@ def hand_over(loss: Tensor, final: State, gradients: Sequence[Tensor | None]) ->
     """
     result: Tensor = _HandOver.apply(loss, gradients, *state_tensors(final)) if gradients else loss
     return result
-
-
-def free(state: State) -> State:
-    """The same values, apart from the graph and from the activations whose last ones token-shift states are."""
-    return state.detach().clone()
-
-
-def leaf_state(state: State) -> State:
-    """The same values as leaves that collect gradients."""
-    return with_tensors(state, [x.detach().requires_grad_(x.is_floating_point()) for x in state_tensors(state)])
-
-
-def state_tensors(state: State) -> list[Tensor]:
-    """All tensors, layer by layer, by name: an empty state need not have the order of one that a model returns."""
-    return [layer[name] for layer in state.layers for name in sorted(layer)]
-
-
-def with_tensors(state: State, tensors: Iterable[Tensor]) -> State:
-    """A state of the same kind, made of others in the order of `state_tensors`."""
-    rest = iter(tensors)
-    return State(state.model, [{name: next(rest) for name in sorted(layer)} for layer in state.layers])
 
 
 def check_learns(model: LanguageModel, state: State) -> None:

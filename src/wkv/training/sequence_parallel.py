@@ -29,12 +29,9 @@ from wkv.training.segments import (
     Values,
     check_learns,
     check_positive,
-    free,
     hand_over,
-    leaf_state,
-    state_tensors,
-    with_tensors,
 )
+from wkv.training.states import free, leaf_state, state_tensors, with_tensors
 
 SENT_AT_ONCE = 1 << 22  # values of gradients
 

@@ -63,8 +63,8 @@ class Language(VaryingTask):
         return self.answer(symbols_BT, torch.from_numpy(lengths).long())
 
     def symbols_as_xlstm(self, n: int, random: np.random.Generator) -> Tensor:
-        """int64 [B, T], more of them than a row may need."""
-        raise NotImplementedError
+        """int64 [B, T], more of them than a row may need; an error for a language that has no original."""
+        raise self.fail("there are no draws of an original")
 
     @abstractmethod
     def answer(self, symbols_BT: Tensor, lengths_B: Tensor) -> Samples:
