@@ -50,7 +50,7 @@ METHODS = {
     "peft": Method(("wkv.tuning.any_peft", "AnyPeftAdapter"), 1e-3, "any other method of peft, by its config"),
     "state": Method(_STATE, 0.3, "state tuning: the initial wkv states"),
     "fullstate": Method(_STATE, 0.3, "state tuning with the initial token-shift states"),
-    "state-kernel": Method(_KERNEL, 0.1, "an upscaled kernel state beside each head's own (our reconstruction)"),
+    "state-kernel": Method(_KERNEL, 0.3, "an upscaled kernel state beside each head's own (our reconstruction)"),
 }
 
 # What others call methods of ours, where a name means one thing only.
