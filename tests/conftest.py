@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -19,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load it before test modules ask whether the kernels are available."""
+    """Load it before test modules ask whether the kernels are available.
+
+    Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before anything imports triton.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if path := config.getoption("--native-library"):
         native.load(path)

@@ -48,8 +48,8 @@ STUDIES = (
         contenders=contenders(16), **COMMON,
     ),
     Study(
-        task="selective_copying", options={"vocab_size": 16, "length": 128, "tokens": 8}, lengths=(),
-        train={**TRAIN, "steps": 800}, contenders=contenders(12), **COMMON,
+        task="selective_copying", options={"vocab_size": 16, "length": 64, "tokens": 8}, lengths=(),
+        train={**TRAIN, "steps": 800}, contenders=contenders(8), **COMMON,
     ),
 )  # fmt: skip
 

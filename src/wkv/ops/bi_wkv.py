@@ -79,7 +79,7 @@ def bi_wkv(
     common.check_flags("bi_wkv", "mask", mask, k)
     if mask is not None and form == "official":
         raise WkvError('bi_wkv: mask works with form "paper" only: the official chunks depend on the number of tokens')
-    y: Tensor = dispatch.select(FORMS[form], k)(log_w, u, k, v, mask)
+    y: Tensor = dispatch.select(FORMS[form], k, v, log_w, u)(log_w, u, k, v, mask)
     return y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,19 @@ _forced: list[str] = []
 class Backend:
     """One implementation of an operator.
 
-    `unusable(device)` returns None where the backend can run, else the reason in words.
+    `unusable(device)` returns None where the backend can run, else the reason in words; so does `unfit(arguments)` for
+    the tensors of one call, the token tensor [B, T, ...] first.
     """
 
     name: str
     function: Callable[..., Any]
     unusable: Callable[[torch.device], str | None] = lambda device: None
+    unfit: Callable[[Sequence[Tensor | None]], str | None] = lambda arguments: None
+
+    def refuses(self, arguments: Sequence[Tensor | None]) -> str | None:
+        """Why it cannot run on these arguments; None where it can."""
+        assert arguments[0] is not None
+        return self.unusable(arguments[0].device) or self.unfit(arguments)
 
 
 @dataclass(frozen=True)
@@ -80,25 +87,34 @@ def forced_backend() -> str | None:
     return _forced[-1] if _forced else None
 
 
-def select(operator: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that runs `operator` on tensors like `tensor` [B, T, ...]."""
-    table = _table(operator)
+def select(operator: str, *arguments: Tensor | None) -> Callable[..., Any]:
+    """The function that runs `operator` on these tensors, of which the first is [B, T, ...].
+
+    Raises:
+        WkvError: if the forced backend cannot.
+    """
+    table, first = _table(operator), arguments[0]
+    assert first is not None
     if _forced:
-        return _forced_backend(operator, table, tensor.device)
+        return _forced_backend(operator, table, arguments).function
     # One token is one step of the recurrence: the equation itself is the fastest torch form.
-    order = ("native", "triton", "reference") if tensor.shape[1] == 1 else PRIORITY
+    order = ("native", "triton", "reference") if first.shape[1] == 1 else PRIORITY
     for name in order:
-        if name in table and table[name].unusable(tensor.device) is None:
+        # On a CPU Triton has an interpreter for tests, which must be asked for.
+        if name == "triton" and first.device.type == "cpu":
+            continue
+        if name in table and table[name].refuses(arguments) is None:
             return table[name].function
-    raise WkvError(f"no backend of {operator} runs on {tensor.device}")
+    raise WkvError(f"no backend of {operator} runs on {first.device}")
 
 
-def _forced_backend(operator: str, table: dict[str, Backend], device: torch.device) -> Callable[..., Any]:
-    name = _forced[-1]
-    reason = table[name].unusable(device) if name in table else "not part of this installation"
+def _forced_backend(operator: str, table: dict[str, Backend], arguments: Sequence[Tensor | None]) -> Backend:
+    name, first = _forced[-1], arguments[0]
+    assert first is not None
+    reason = table[name].refuses(arguments) if name in table else "not part of this installation"
     if reason is not None:
-        raise WkvError(f"backend {name!r} of {operator} cannot run on {device}: {reason}")
-    return table[name].function
+        raise WkvError(f"backend {name!r} of {operator} cannot run on {first.device}: {reason}")
+    return table[name]
 
 
 def _table(operator: str) -> dict[str, Backend]:

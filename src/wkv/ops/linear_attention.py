@@ -52,7 +52,7 @@ def linear_attention(
     """
     check_arguments("linear_attention", q, k, v, eps, mask, reset)
     check_state("linear_attention", state, v, q.shape[3])
-    run = dispatch.select("linear_attention", q)
+    run = dispatch.select("linear_attention", q, k, v, *(state or ()))
     found: tuple[Tensor, FeatureState] = run(q, k, v, state, eps, mask, common.effective_reset(mask, reset))
     return found
 

@@ -60,7 +60,7 @@ def taylor_attention(
     check_arguments("taylor_attention", q, k, v, eps, mask, reset)
     check_state("taylor_attention", state, v, feature_count(q.shape[3]))
     scale = _scale_of("taylor_attention", scale, q.shape[3])
-    run = dispatch.select("taylor_attention", q)
+    run = dispatch.select("taylor_attention", q, k, v, *(state or ()))
     found: tuple[Tensor, FeatureState] = run(q, k, v, state, scale, eps, mask, common.effective_reset(mask, reset))
     return found
 

@@ -62,7 +62,8 @@ def wkv4(
         _check_state(state, batch, channels, k.device)
     common.check_flags("wkv4", "mask", mask, k)
     common.check_flags("wkv4", "reset", reset, k)
-    return dispatch.select("wkv4", k)(log_w, u, k, v, state, mask, common.effective_reset(mask, reset))
+    run = dispatch.select("wkv4", k, v, log_w, u, *(state or ()))
+    return run(log_w, u, k, v, state, mask, common.effective_reset(mask, reset))
 
 
 def _check_state(state: State4, batch: int, channels: int, device: torch.device) -> None:

@@ -50,7 +50,8 @@ def wkv5(
     check_matrix_arguments("wkv5", r, u, state, mask, reset)
     common.check_shape("wkv5", "log_w", log_w, tuple(u.shape))
     common.check_floating("wkv5", "log_w", log_w, r.device)
-    return dispatch.select("wkv5", r)(r, log_w, k, v, u, state, mask, common.effective_reset(mask, reset))
+    run = dispatch.select("wkv5", r, log_w, k, v, u, state)
+    return run(r, log_w, k, v, u, state, mask, common.effective_reset(mask, reset))
 
 
 def reference(

@@ -48,7 +48,8 @@ def wkv6(
     """
     common.check_same_shape("wkv6", r=r, log_w=log_w, k=k, v=v)
     check_matrix_arguments("wkv6", r, u, state, mask, reset)
-    return dispatch.select("wkv6", r)(r, log_w, k, v, u, state, mask, common.effective_reset(mask, reset))
+    run = dispatch.select("wkv6", r, log_w, k, v, u, state)
+    return run(r, log_w, k, v, u, state, mask, common.effective_reset(mask, reset))
 
 
 def check_matrix_arguments(

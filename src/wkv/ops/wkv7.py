@@ -56,7 +56,8 @@ def wkv7(
         common.check_floating("wkv7", "state", state, r.device)
     common.check_flags("wkv7", "mask", mask, r)
     common.check_flags("wkv7", "reset", reset, r)
-    return dispatch.select("wkv7", r)(r, log_w, k, v, a, b, state, mask, common.effective_reset(mask, reset))
+    run = dispatch.select("wkv7", r, log_w, k, v, a, b, state)
+    return run(r, log_w, k, v, a, b, state, mask, common.effective_reset(mask, reset))
 
 
 def reference(
