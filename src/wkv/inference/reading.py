@@ -1,4 +1,4 @@
-"""How tokens are read: by the model itself, or on the CPU by the native kernels where they know the model."""
+"""How tokens are read: by the model itself, on a GPU through CUDA graphs, on the CPU by native kernels that know it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from wkv.inference import graphs
 from wkv.inference.native_rwkv7 import NativeRWKV7, unsupported
 from wkv.layers.language_model import LanguageModel
 from wkv.ops.dispatch import forced_backend
@@ -40,4 +41,5 @@ def reader(model: LanguageModel) -> Reader:
     """The fastest reader for `model` as it is now; `wkv.ops.use_backend` with any name but "native" rules that out."""
     if forced_backend() in (None, "native") and unsupported(model) is None:
         return NativeRWKV7(model)
-    return ModelReader(model)
+    plain = ModelReader(model)
+    return plain if graphs.unfit(model) is not None else graphs.GraphReader(model, plain)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, native_bi_wkv
+from wkv.ops import common, dispatch, gpu, native_bi_wkv
+from wkv.ops.gpu import bi_wkv as triton_bi_wkv
 from wkv.ops.wkv4_chunked import EMPTY
 
 FORMS = {"paper": "bi_wkv", "official": "bi_wkv_official"}
@@ -178,4 +179,5 @@ def _maximum(*tensors: Tensor) -> Tensor:
 
 dispatch.register("bi_wkv", dispatch.Backend("reference", reference))
 dispatch.register("bi_wkv", dispatch.Backend("native", native_bi_wkv.run, native.unusable))
+dispatch.register("bi_wkv", dispatch.Backend("triton", triton_bi_wkv.run, gpu.unusable, gpu.unfit))
 dispatch.register("bi_wkv_official", dispatch.Backend("reference", official))

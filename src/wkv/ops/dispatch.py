@@ -14,6 +14,8 @@ from wkv.errors import WkvError
 
 # Fastest first. A backend that cannot run on the tensors at hand is passed over.
 PRIORITY = ("triton", "native", "chunked", "reference")
+# One token is one step of the recurrence: the equation itself is the fastest torch form.
+SINGLE = ("native", "triton", "reference")
 
 _forced: list[str] = []
 
@@ -97,15 +99,29 @@ def select(operator: str, *arguments: Tensor | None) -> Callable[..., Any]:
     assert first is not None
     if _forced:
         return _forced_backend(operator, table, arguments).function
-    # One token is one step of the recurrence: the equation itself is the fastest torch form.
-    order = ("native", "triton", "reference") if first.shape[1] == 1 else PRIORITY
-    for name in order:
-        # On a CPU Triton has an interpreter for tests, which must be asked for.
-        if name == "triton" and first.device.type == "cpu":
-            continue
+    for name in _order(first.device, first.shape[1]):
         if name in table and table[name].refuses(arguments) is None:
             return table[name].function
     raise WkvError(f"no backend of {operator} runs on {first.device}")
+
+
+def would_run(operator: str, device: str | torch.device = "cpu", length: int = 2) -> str:
+    """The backend that `select` takes on `device` for tensors of `length` tokens that every backend can take.
+
+    Raises:
+        WkvError: if there is none, or the forced one cannot run there.
+    """
+    table, device = _table(operator), torch.device(device)
+    for name in _forced[-1:] or _order(device, length):
+        if name in table and table[name].unusable(device) is None:
+            return name
+    raise WkvError(f"no backend of {operator} runs on {device}")
+
+
+def _order(device: torch.device, length: int) -> list[str]:
+    """The names to try. On a CPU Triton has an interpreter for tests, which must be asked for."""
+    names = SINGLE if length == 1 else PRIORITY
+    return [name for name in names if name != "triton" or device.type != "cpu"]
 
 
 def _forced_backend(operator: str, table: dict[str, Backend], arguments: Sequence[Tensor | None]) -> Backend:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, native_taylor, taylor_chunked
+from wkv.ops import common, dispatch, gpu, native_taylor, taylor_chunked
+from wkv.ops.gpu import taylor as gpu_taylor
 from wkv.ops.linear_attention import FeatureState, check_arguments, check_state
 from wkv.ops.linear_attention import reference as linear_reference
 
@@ -171,3 +172,4 @@ def _scale_of(operator: str, scale: float | None, size: int) -> float:
 dispatch.register("taylor_attention", dispatch.Backend("reference", reference))
 dispatch.register("taylor_attention", dispatch.Backend("chunked", taylor_chunked.taylor))
 dispatch.register("taylor_attention", dispatch.Backend("native", native_taylor.taylor, native_taylor.unusable))
+dispatch.register("taylor_attention", dispatch.Backend("triton", gpu_taylor.run, gpu.unusable, gpu_taylor.unfit))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, native_wkv4, wkv4_chunked
+from wkv.ops import common, dispatch, gpu, native_wkv4, wkv4_chunked
+from wkv.ops.gpu import wkv4 as triton_wkv4
 from wkv.ops.wkv4_chunked import EMPTY
 
 State4 = tuple[Tensor, Tensor, Tensor]
@@ -132,3 +133,4 @@ def _where(condition: Tensor, yes: State4, no: State4) -> State4:
 dispatch.register("wkv4", dispatch.Backend("reference", reference))
 dispatch.register("wkv4", dispatch.Backend("chunked", wkv4_chunked.chunked))
 dispatch.register("wkv4", dispatch.Backend("native", native_wkv4.run, native.unusable))
+dispatch.register("wkv4", dispatch.Backend("triton", triton_wkv4.run, gpu.unusable, gpu.unfit))

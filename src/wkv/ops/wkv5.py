@@ -13,7 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from wkv import native
-from wkv.ops import common, dispatch, linear_chunked, native_matrix
+from wkv.ops import common, dispatch, gpu, linear_chunked, native_matrix
+from wkv.ops.gpu import linear
 from wkv.ops.wkv6 import check_matrix_arguments
 from wkv.ops.wkv6 import reference as wkv6_reference
 
@@ -72,3 +73,4 @@ def reference(
 dispatch.register("wkv5", dispatch.Backend("reference", reference))
 dispatch.register("wkv5", dispatch.Backend("chunked", linear_chunked.chunked))
 dispatch.register("wkv5", dispatch.Backend("native", native_matrix.linear, native.unusable))
+dispatch.register("wkv5", dispatch.Backend("triton", linear.run, gpu.unusable, linear.unfit))

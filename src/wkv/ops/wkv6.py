@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, linear_chunked, native_matrix
+from wkv.ops import common, dispatch, gpu, linear_chunked, native_matrix
+from wkv.ops.gpu import linear
 
 
 def wkv6(
@@ -104,3 +105,4 @@ def reference(
 dispatch.register("wkv6", dispatch.Backend("reference", reference))
 dispatch.register("wkv6", dispatch.Backend("chunked", linear_chunked.chunked))
 dispatch.register("wkv6", dispatch.Backend("native", native_matrix.linear, native.unusable))
+dispatch.register("wkv6", dispatch.Backend("triton", linear.run, gpu.unusable, linear.unfit))

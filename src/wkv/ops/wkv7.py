@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wkv import native
 from wkv.errors import WkvError
-from wkv.ops import common, dispatch, native_matrix
+from wkv.ops import common, dispatch, gpu, native_matrix
+from wkv.ops.gpu import wkv7 as gpu_wkv7
 from wkv.ops.wkv7_chunked import chunked
 
 
@@ -94,4 +95,5 @@ def reference(
 
 dispatch.register("wkv7", dispatch.Backend("chunked", chunked))
 dispatch.register("wkv7", dispatch.Backend("reference", reference))
+dispatch.register("wkv7", dispatch.Backend("triton", gpu_wkv7.run, gpu.unusable, gpu_wkv7.unfit))
 dispatch.register("wkv7", dispatch.Backend("native", native_matrix.wkv7, native.unusable))

@@ -159,11 +159,11 @@ def _group_codes(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     return codes.flatten(1), scales.squeeze(-1)
 
 
-def _sparse_order(rows: int) -> Tensor:
+def _sparse_order(rows: int, device: torch.device | None = None) -> Tensor:
     """order[i]: the row at place i, within vectors of 64 rows."""
-    place = torch.arange(64)
+    place = torch.arange(64, device=device)
     row = place % 16 // 4 * 16 + place // 16 * 4 + place % 4
-    return (torch.arange(0, rows, 64)[:, None] + row).flatten()
+    return (torch.arange(0, rows, 64, device=device)[:, None] + row).flatten()
 
 
 def _pack(kind: Kind, sparse: bool, shape: tuple[int, int], codes: Tensor, scales: Tensor) -> Packed:
@@ -201,8 +201,8 @@ def _unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     if packed.kind == "int8":
         assert packed.scale is not None
         if packed.sparse:
-            codes = torch.empty(rows, columns, dtype=torch.uint8)
-            codes[_sparse_order(rows)] = data.view(columns, rows).T
+            codes = torch.empty(rows, columns, dtype=torch.uint8, device=data.device)
+            codes[_sparse_order(rows, data.device)] = data.view(columns, rows).T
         else:
             codes = data.view(rows // 16, columns // 4, 16, 4).transpose(1, 2).reshape(rows, columns)
         return codes, packed.scale
@@ -210,8 +210,8 @@ def _unpack(packed: Packed) -> tuple[Tensor, Tensor]:
         groups = data.view(columns // GROUP, -1)
         scales = groups[:, : 2 * rows].contiguous().view(torch.float16).T
         nibbles = groups[:, 2 * rows :].reshape(columns, rows // 128, 64)
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
-        codes[_sparse_order(rows)] = torch.stack([nibbles & 15, nibbles >> 4], 2).view(columns, rows).T
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device=data.device)
+        codes[_sparse_order(rows, data.device)] = torch.stack([nibbles & 15, nibbles >> 4], 2).view(columns, rows).T
         return codes, scales.float()
     tiles = data.view(rows // 16, columns // 64, -1)
     scales = tiles[:, :, :64].contiguous().view(torch.float16).view(rows // 16, columns // 64, 2, 16)

@@ -1,7 +1,7 @@
 """GPU kernels in Triton: when they can run, and how they are launched. Nothing here imports triton before a call.
 
-Where there is no GPU the kernels run in Triton's interpreter, if the process was started with TRITON_INTERPRET=1: slowly,
-for tests, and only where the backend is asked for with `use_backend("triton")`.
+Where there is no GPU the kernels run in Triton's interpreter, if the process was started with TRITON_INTERPRET=1:
+slowly, for tests, and only where the backend is asked for with `use_backend("triton")`.
 
 Matrix products take operands of the type that `operands` names, sums and states are float32.
 """
@@ -36,6 +36,8 @@ def unusable(device: torch.device) -> str | None:
         return "triton is not installed: pip install triton"
     if device.type == "cpu":
         return None if interpreted() else "runs on GPUs only"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
     return _old(device.index if device.index is not None else torch.cuda.current_device())
 
 
@@ -84,6 +86,11 @@ def operands(dtype: torch.dtype) -> str:
     float16 has the digits of tf32 but not the range that products of decays need.
     """
     return {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[dtype]
+
+
+def flags(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """bool [B, T] as bytes, which kernels can load."""
+    return tuple(None if x is None else x.contiguous().view(torch.uint8) for x in tensors)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
