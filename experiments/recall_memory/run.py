@@ -39,7 +39,7 @@ STUDY = Study(
     model={"num_layers": 2, "head_size": 16, "hidden_size": 64},
     frame={"channel_mix": False, "tied_head": True},
     train={"steps": 1500, "batch_size": 32, "eval_every": 100, "validation_samples": 256, "test_samples": 512},
-    learning_rates=(3e-3, 1e-2),
+    learning_rates=(1e-3, 3e-3, 1e-2),
     contenders=CONTENDERS,
 )
 
