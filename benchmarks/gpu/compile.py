@@ -29,7 +29,8 @@ from wkv.speed.evidence import evidence
 
 HERE = Path(__file__).resolve().parent
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program can have
-LENGTH = 80
+LENGTH = 160  # several chunks of every kernel
+FEW = 4
 
 
 def tokens(size: int, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -87,6 +88,21 @@ def taylor_attention(size: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return q, k, v, state, 0.25, 1e-6, *flags()
 
 
+def stages(size: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Tokens [2, T, 2, N] and vectors [2 N], for `run_stages`."""
+    return tokens(size, dtype, 4), [torch.randn(2 * size, requires_grad=True) for _ in range(6)]
+
+
+def run_stages(rows: list[Tensor], vectors: list[Tensor]) -> list[Any]:
+    """What `wkv.ops.gpu.stages` has, in place of an operator."""
+    from wkv.ops.gpu import stages
+
+    size, (flat, other, *_) = rows[0].shape[-1], [x.flatten(2) for x in rows]
+    mixed = stages.mix(flat, other, vectors)
+    made = stages.keys(flat, other, *vectors[:2], size)
+    return [mixed, made, stages.reading(*rows, flat, vectors[0].view(-1, size), *vectors[1:3], 64e-5)]
+
+
 # Operator -> (module of its kernels, arguments).
 OPERATORS: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "wkv7": ("wkv7", wkv7),
@@ -95,6 +111,7 @@ OPERATORS: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] 
     "wkv4": ("wkv4", wkv4),
     "bi_wkv": ("bi_wkv", bi_wkv),
     "taylor_attention": ("taylor", taylor_attention),
+    "stages": ("stages", stages),
 }
 
 
@@ -169,6 +186,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
 
 
+def first_tokens(x: Any) -> Any:
+    """What has LENGTH tokens, cut to the few that kernels take one by one."""
+    return x[:, :FEW] if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == LENGTH else x
+
+
 def differentiate(outputs: Any) -> None:
     """Launch the backward pass of all results."""
     leaves: list[Tensor] = []
@@ -176,7 +198,7 @@ def differentiate(outputs: Any) -> None:
     while waiting:
         x = waiting.pop()
         if isinstance(x, Tensor):
-            leaves.append(x)
+            leaves += [x] * x.requires_grad
         else:
             waiting.extend(x)
     torch.autograd.backward(leaves, [torch.zeros_like(x) for x in leaves])
@@ -193,7 +215,7 @@ def main() -> None:
     compiler = Compiler(options.capability)
     for operator in options.operators:
         module, arguments = OPERATORS[operator]
-        run = importlib.import_module(f"wkv.ops.gpu.{module}").run
+        run = run_stages if operator == "stages" else importlib.import_module(f"wkv.ops.gpu.{module}").run
         for size in options.sizes:
             for name in options.types:
                 compiler.label = f"{operator} {size} {name}"
@@ -202,6 +224,7 @@ def main() -> None:
                     differentiate(run(*given))
                     with torch.no_grad():
                         run(*given)
+                        run(*(first_tokens(x) for x in given))
     if options.out:
         books = evidence(HERE / "compile.py", sys.argv[1:], ("torch", "triton"))
         options.out.write_text(json.dumps({**books, "kernels": compiler.rows}, indent=1) + "\n")

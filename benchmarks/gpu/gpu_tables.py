@@ -130,6 +130,9 @@ def decode(part: Row) -> list[str]:
     return ["## Decoding", "", *table(head, rows), *notes, ""]
 
 
+CONTENDERS = ("ours", "ours, fused stages", "fla", "torch")  # of whole steps
+
+
 def training(part: Row) -> list[str]:
     """Tokens per second of whole steps."""
     rows, notes = [], []
@@ -138,12 +141,12 @@ def training(part: Row) -> list[str]:
             notes.append(f"* {name}: {row.get('skipped', row.get('failed', ''))}")
             continue
         known = row["tokens_per_second"]
-        rates = [f"{known[who]:.0f}" if who in known else "" for who in ("ours", "fla", "torch")]
-        ratios = [ratio(row["ratios"][who]) if who in row.get("ratios", {}) else "" for who in ("fla", "torch")]
+        rates = [f"{known[who]:.0f}" if who in known else "" for who in CONTENDERS]
+        ratios = [ratio(row["ratios"][who]) if who in row.get("ratios", {}) else "" for who in CONTENDERS[1:]]
         rows.append([f"{name} B{row['batch']} T{row['length']}", *rates, *ratios])
         notes += [f"* {name}: {who} skipped, {reason}" for who, reason in row["skipped"].items()]
         notes += dropped(name, row)
-    head = ["model", "ours tokens/s", "fla tokens/s", "torch tokens/s", "fla / ours time", "torch / ours time"]
+    head = ["model", *(f"{who} tokens/s" for who in CONTENDERS), *(f"{who} / ours time" for who in CONTENDERS[1:])]
     return ["## Training steps", "", *table(head, rows), *notes, ""]
 
 

@@ -1,7 +1,8 @@
 """A whole training step of RWKV-7: forward, loss, backward and AdamW, with bfloat16 autocast, as `wkv train` does it.
 
 The contenders are one and the same model and optimiser; only what computes WKV-7 differs: our kernel, that of the
-`fla-core` package, plugged in as a backend for the time of its turn, or plain torch.
+`fla-core` package, plugged in as a backend for the time of its turn, or plain torch. "ours, fused stages" is our kernel
+with the elementwise stages around it in Triton, too (`wkv.ops.gpu.stages`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from gpu_timing import Budget, Device, Row, Save, halved, reason_of, turns
 from torch import Tensor
 
 from wkv.layers.language_model import LanguageModel
-from wkv.ops import dispatch, use_backend
+from wkv.ops import dispatch, gpu, use_backend
+from wkv.ops.gpu import stages
 from wkv.training import create_optimizer, head_loss
 
 # Layers, width -> batch, length; small batches of the large model keep the torch form within the memory.
 SIZES = {(12, 768): (8, 2048), (24, 2048): (4, 2048)}
+FUSED = "ours, fused stages"
 BYTES_PER_TOKEN_LAYER_CHANNEL = 250  # of activations with the torch form: a guess, made with no GPU at hand
 
 
@@ -38,6 +41,13 @@ def plugged(function: Callable[..., Any]) -> Iterator[None]:
         del table["triton"]
         if before is not None:
             dispatch.register("wkv7", before)
+
+
+@contextmanager
+def fused(backend: str) -> Iterator[None]:
+    """Inside the `with` block `backend` runs, and the stages around it are fused."""
+    with use_backend(backend), stages.fused():
+        yield
 
 
 def fla_backend(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *others: Any) -> Any:
@@ -58,6 +68,10 @@ def contexts(device: Device) -> tuple[dict[str, Callable[[], AbstractContextMana
     ours_, torch_ = ours("wkv7", device), plain("wkv7", device)
     found: dict[str, Callable[[], AbstractContextManager[Any]]] = {"ours": lambda: use_backend(ours_)}
     skipped = {}
+    if (reason := gpu.unusable(device.torch)) is None:
+        found[FUSED] = lambda: fused(ours_)
+    else:
+        skipped[FUSED] = reason
     try:
         if not device.is_gpu:
             raise LookupError("fla runs on GPUs only")

@@ -44,8 +44,7 @@ STUDIES = (
     # test is beyond.
     Study(
         task="first_token_recall", options={"vocab_size": 16, "min_gap": 0, "max_gap": max(GAPS)},
-        lengths=tuple(gap + 2 for gap in (*GAPS, BEYOND)), train={**TRAIN, "stop_at": None},
-        contenders=contenders(16), **COMMON,
+        lengths=tuple(gap + 2 for gap in (*GAPS, BEYOND)), train=TRAIN, contenders=contenders(16), **COMMON,
     ),
     Study(
         task="selective_copying", options={"vocab_size": 16, "length": 64, "tokens": 8}, lengths=(),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from wkv.layers.low_rank import times
 from wkv.layers.norms import HeadNorm, wide
 from wkv.layers.timeline import Timeline
 from wkv.ops import wkv7
+from wkv.ops.gpu import stages
 from wkv.registry import register_model
 from wkv.state import LayerState
 
@@ -98,8 +99,23 @@ class Vectors(NamedTuple):
     iclr: Tensor
 
 
+def lerp(z_BTC: Tensor, shifted_BTC: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """From the input towards the one before it, for each coefficient vector."""
+    d_BTC = shifted_BTC - z_BTC
+    return tuple(torch.addcmul(z_BTC, d_BTC, x) for x in mixes)
+
+
+class FusedVectors(Vectors):
+    """Those of `wkv.ops.gpu.stages`: `removal`, which is -kk and kk * iclr, is there already."""
+
+    removal: tuple[Tensor, Tensor]
+
+
 class TimeMix(nn.Module):
-    """The delta-rule memory of one layer."""
+    """The delta-rule memory of one layer.
+
+    Inside `wkv.ops.gpu.stages.fused` its elementwise stages run fused; the torch form beside each is what they mean.
+    """
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -131,19 +147,15 @@ class TimeMix(nn.Module):
         shifted_BTC, att_shift = timeline.shift(z_BTC, state["att_shift"])
         vectors, gate_BTA, carry = self.vectors(z_BTC, shifted_BTC, carry)
         y_BTHN, slots = self.remember(vectors, state, timeline)
-        bonus_BTH1 = (vectors.r * vectors.k * self.r_k).sum(-1, keepdim=True)
-        y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * vectors.v).flatten(-2)
-        out_BTC = self.output((y_BTA * gate_BTA).to(gate_BTA.dtype))
+        out_BTC = self.output(self.read(y_BTHN, vectors, gate_BTA))
         return out_BTC, carry, {"att_shift": att_shift, **slots}
 
     def vectors(
         self, z_BTC: Tensor, shifted_BTC: Tensor, carry: dict[str, Tensor]
     ) -> tuple[Vectors, Tensor, dict[str, Tensor]]:
         """The input and the one before it [B, T, C] -> vectors, gate [B, T, A], carry with the first layer's values."""
-        d_BTC = shifted_BTC - z_BTC
-        xr, xw, xk, xv, xa, xg = (
-            torch.addcmul(z_BTC, d_BTC, x) for x in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        fused, mixes = self.fused(z_BTC), (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = (stages.mix if fused else lerp)(z_BTC, shifted_BTC, mixes)
         r_BTA, k_BTA, v_BTA = self.receptance(xr), self.key(xk), self.value(xv)
         moved_BTA = times(torch.tanh(times(xw, self.w1)), self.w2)
         log_w_BTA = LOG_DECAY_SCALE * torch.sigmoid(wide(self.w0) + wide(moved_BTA))
@@ -156,21 +168,41 @@ class TimeMix(nn.Module):
             v_BTA = v_BTA + (carry["first_value"] - v_BTA) * share_BTA
 
         heads = (*z_BTC.shape[:2], self.num_heads, self.head_size)
+        r, log_w, v, iclr = (x.view(heads) for x in (r_BTA, log_w_BTA, v_BTA, iclr_BTA))
+        if fused:
+            kk, a, b, k = stages.keys(k_BTA, iclr_BTA, self.k_k, self.k_a, self.head_size)
+            vectors = FusedVectors(r, log_w, k, v, kk, iclr)
+            vectors.removal = a, b
+            return vectors, gate_BTA, carry
         # The removal direction is unit length per head, and made from the key before the key is changed.
         kk_BTHN = F.normalize(wide(k_BTA * self.k_k).view(heads), dim=-1, eps=1e-12)
         k_BTA = k_BTA * torch.addcmul(1 - self.k_a, iclr_BTA, self.k_a)
-        r, log_w, k, v, iclr = (x.view(heads) for x in (r_BTA, log_w_BTA, k_BTA, v_BTA, iclr_BTA))
-        return Vectors(r, log_w, k, v, kk_BTHN, iclr), gate_BTA, carry
+        return Vectors(r, log_w, k_BTA.view(heads), v, kk_BTHN, iclr), gate_BTA, carry
 
     def remember(self, vectors: Vectors, state: LayerState, timeline: Timeline) -> tuple[Tensor, LayerState]:
         """What the heads read from the updated memory [B, T, H, N], and the slots of that memory."""
         r, log_w, k, v, kk, iclr = vectors
         flags = {"mask": timeline.mask, "reset": timeline.reset}
-        y_BTHN, wkv = wkv7(r, log_w, k, v, -kk, kk * iclr, state["wkv"], **flags)
+        a, b = vectors.removal if isinstance(vectors, FusedVectors) else (-kk, kk * iclr)
+        y_BTHN, wkv = wkv7(r, log_w, k, v, a, b, state["wkv"], **flags)
         if self.side_memory is None:
             return y_BTHN, {"wkv": wkv}
         y_BTHN, more = self.side_memory(y_BTHN, vectors, state, timeline)
         return y_BTHN, {"wkv": wkv, **more}
+
+    def read(self, y_BTHN: Tensor, vectors: Vectors, gate_BTA: Tensor) -> Tensor:
+        """What the memory gave [B, T, H, N], normed per head, with the bonus of the current token, gated [B, T, A]."""
+        r, _, k, v, _, _ = vectors
+        if self.fused(y_BTHN):
+            norm = self.ln_x
+            return stages.reading(y_BTHN, r, k, v, gate_BTA, self.r_k, norm.weight, norm.bias, norm.eps)
+        bonus_BTH1 = (r * k * self.r_k).sum(-1, keepdim=True)
+        y_BTA = self.ln_x(y_BTHN) + (bonus_BTH1 * v).flatten(-2)
+        return (y_BTA * gate_BTA).to(gate_BTA.dtype)
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether to call `wkv.ops.gpu.stages`; not where an adapter stands in the place of the norm."""
+        return stages.active(x, self.head_size) and isinstance(self.ln_x, HeadNorm)
 
     def reset_parameters(self) -> None:
         """Official initial values."""

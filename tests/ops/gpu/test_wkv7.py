@@ -204,4 +204,4 @@ def test_chosen_on_gpus_alone() -> None:
 
 def test_sizes_of_a_call() -> None:
     sizes = Sizes(2, 65, 3, 64)
-    assert (sizes.length, sizes.chunks, sizes.count) == (32, 3, 18)
+    assert (sizes.length, sizes.chunks, sizes.total) == (32, 3, 18)

@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
         return -(-self.time // self.length)
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Chunks of all heads and sequences."""
         return self.batch * self.chunks * self.heads
 
@@ -131,7 +131,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = Sizes(*r.shape)
     final = r.new_empty(sizes.batch, sizes.heads, sizes.size, sizes.size, dtype=torch.float32)
-    count = sizes.count if keep else 0
+    count = sizes.total if keep else 0
     dtype = operand_type(v.dtype)
     return v.new_empty(v.shape), final, final.new_empty(count, sizes.size, sizes.size, dtype=dtype)
 
@@ -197,7 +197,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: None) -> t
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 Rows = list[Tensor]  # r, log_w, k, v, a, b
-Flags = tuple[Tensor | None, Tensor | None]
+Flags = tuple[Tensor | None, ...]
 
 
 class Inner(NamedTuple):
@@ -224,7 +224,7 @@ def prepare(sizes: Sizes, rows: Rows, flags: Flags, dtype: torch.dtype, backward
     from wkv.ops.gpu.kernels import wkv7 as kernels
 
     kind, device, length = operand_type(dtype), rows[0].device, sizes.length
-    count = sizes.count
+    count = sizes.total
     squares = [torch.empty(count, length, length, dtype=kind, device=device) for _ in range(4 if backward else 2)]
     oblongs = [torch.empty(count, length, sizes.size, dtype=kind, device=device) for _ in range(2)]
     strong = torch.empty(count, dtype=torch.int8, device=device)
@@ -240,7 +240,7 @@ def prepare(sizes: Sizes, rows: Rows, flags: Flags, dtype: torch.dtype, backward
 
 
 def _chunk_states(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(sizes.count, sizes.size, sizes.size, dtype=dtype, device=device)
+    return torch.empty(sizes.total, sizes.size, sizes.size, dtype=dtype, device=device)
 
 
 def _states(
@@ -263,7 +263,7 @@ def _outputs(sizes: Sizes, rows: Rows, flags: Flags, inner: Inner, starts: Tenso
     r, log_w, _, v, _, _ = rows
     width = min(sizes.size, 64)
     gpu.launch(
-        kernels.outputs, (sizes.count, sizes.size // width),
+        kernels.outputs, (sizes.total, sizes.size // width),
         r, log_w, v, *flags, inner.Aqk, inner.Aqb, U, starts, y, sizes.time, sizes.heads, sizes.chunks,
         L=sizes.length, N=sizes.size, M=width, OPERANDS=inner.operands, num_warps=4,
     )  # fmt: skip
@@ -303,7 +303,7 @@ def _gradients(
 
     for exact in (False, True):
         gpu.launch(
-            kernels.gradients, (sizes.count,), *rows, dy, *flags, inner.strong, inner.Aqk, inner.Aak, inner.W,
+            kernels.gradients, (sizes.total,), *rows, dy, *flags, inner.strong, inner.Aqk, inner.Aak, inner.W,
             inner.UA, inner.UV, dU, starts, d_ends, *grads, sizes.time, sizes.heads, sizes.chunks,
             L=sizes.length, N=sizes.size, M=min(sizes.size, 64), OPERANDS=inner.operands, EXACT=exact, num_warps=8,
         )  # fmt: skip
