@@ -110,9 +110,9 @@ def test_any_decay(steepness: float, flags: bool) -> None:
     assert_exact(xs, random_flags(1, 50) if flags else (None, None))
 
 
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 1.5e-2), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)], ids=str)
 def test_half_precision(dtype: torch.dtype, bar: float) -> None:
-    """y and the state within 5e-3; gradients, that of the decay is the hardest, within `bar`."""
+    """y and the state within 5e-3; gradients, also that of the decay, a difference of larger sums, within `bar`."""
     xs = [x.to(dtype) if i not in (1, 6) else x for i, x in enumerate(leaves(1, 70, 1, 64))]
     found, expected = results(run, xs), results(reference, [x.double() for x in xs])
     assert [x.dtype for x in found] == [dtype, torch.float32, *(x.dtype for x in xs)]

@@ -28,6 +28,14 @@ def rounded(x):
 
 
 @triton.jit
+def operand(x, OPERANDS: tl.constexpr):
+    """What `dot` makes of an operand that it rounds to bfloat16, in float32."""
+    if OPERANDS == "bf16":
+        x = cast(x, tl.bfloat16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def dot(a, b, OPERANDS: tl.constexpr):
     """a [M, K] @ b [K, N] in float32; at least 16 of each.
 

@@ -18,6 +18,9 @@ A log-decay g_t is in G_i for t <= i, in X_i for t < i, and in G_L:
 
     dG_i = r_i dR_i - k_i dK_i - b_i dB_i,    dX_i = a_i dA_i,    dG_L = colsum(S_next dS)
     dg_t = sum_{i >= t} dG_i + sum_{i > t} dX_i + dG_L
+
+A pair of tokens on the same side of t adds to this once and takes away the same: where operands are rounded, dG and dX
+are made of the rounded ones, with which both are equal, and nothing but the rounding of what is left remains.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from wkv.ops.gpu.kernels.blocks import dot
+from wkv.ops.gpu.kernels.blocks import dot, operand
 from wkv.ops.gpu.kernels.wkv7 import FLOOR, earlier, end_of, pairs, place, put_rows, put_tile, row, rows, tile, timeline
 
 
@@ -169,17 +172,25 @@ def gradients(
     dAqk = tl.where(upto, dAqk, 0.0)
     dAqb = tl.where(upto, dAqb, 0.0)
     r = rows(r_in, base, exists, H, 0, L, N, N)
+    k = rows(k_in, base, exists, H, 0, L, N, N)
+    b = rows(b_in, base, exists, H, 0, L, N, N)
+    dG = r * dR
     if EXACT:
         more, dK, dB = exact_reads(r, dAqk, dAqb, k_in, b_in, w_in, base, mask, sequence, start, T, H, L, N)
         dR += more
+        dG += r * more - k * dK - b * dB
     else:
         near, back = tl.exp(G - c), tl.exp(c - G)
-        dR += near * dot(dAqk, rows(k_in, base, exists, H, 0, L, N, N) * back, OPERANDS)
-        dR += near * dot(dAqb, rows(b_in, base, exists, H, 0, L, N, N) * back, OPERANDS)
-        dK = back * dot(tl.trans(dAqk), r * near, OPERANDS)
-        dB = back * dot(tl.trans(dAqb), r * near, OPERANDS)
+        read = operand(r * near, OPERANDS)
+        k_back, b_back = operand(k * back, OPERANDS), operand(b * back, OPERANDS)
+        more = dot(dAqk, k_back, OPERANDS) + dot(dAqb, b_back, OPERANDS)
+        dK = dot(tl.trans(dAqk), read, OPERANDS)
+        dB = dot(tl.trans(dAqb), read, OPERANDS)
+        dG += read * more - k_back * dK - b_back * dB
+        dR += near * more
+        dK *= back
+        dB *= back
     put_rows(dr, base, tl.where(there, dR, 0.0), inside, H, 0, L, N, N)
-    dG = r * dR
 
     dA = tl.zeros([L, N], tl.float32)
     dAak = tl.zeros([L, L], tl.float32)
@@ -195,21 +206,29 @@ def gradients(
     dAak = tl.where(before, dAak, 0.0)
     dAab = tl.where(before, dAab, 0.0)
     a = rows(a_in, base, exists, H, 0, L, N, N)
+    dX = a * dA
+    k = rows(k_in, base, exists, H, 0, L, N, N)
+    b = rows(b_in, base, exists, H, 0, L, N, N)
     if EXACT:
-        more, more_K, more_B = exact_removals(
-            a, dAak, dAab, k_in, b_in, w_in, base, mask, sequence, start, T, H, L, N
-        )  # fmt: skip
+        more, more_K, more_B = exact_removals(a, dAak, dAab, k_in, b_in, w_in, base, mask, sequence, start, T, H, L, N)
         dA += more
-        dK += more_K
-        dB += more_B
+        dX += a * more
+        dG -= k * more_K + b * more_B
     else:
         far, back = tl.exp(X - c), tl.exp(c - G)
-        dA += far * dot(dAak, rows(k_in, base, exists, H, 0, L, N, N) * back, OPERANDS)
-        dA += far * dot(dAab, rows(b_in, base, exists, H, 0, L, N, N) * back, OPERANDS)
-        dK += back * dot(tl.trans(dAak), a * far, OPERANDS)
-        dB += back * dot(tl.trans(dAab), a * far, OPERANDS)
+        removed = operand(a * far, OPERANDS)
+        k_back, b_back = operand(k * back, OPERANDS), operand(b * back, OPERANDS)
+        more = dot(dAak, k_back, OPERANDS) + dot(dAab, b_back, OPERANDS)
+        more_K = dot(tl.trans(dAak), removed, OPERANDS)
+        more_B = dot(tl.trans(dAab), removed, OPERANDS)
+        dX += removed * more
+        dG -= k_back * more_K + b_back * more_B
+        dA += far * more
+        more_K *= back
+        more_B *= back
+    dK += more_K
+    dB += more_B
     put_rows(da, base, tl.where(there, dA, 0.0), inside, H, 0, L, N, N)
-    dX = a * dA
 
     dK_end = tl.zeros([L, N], tl.float32)
     dB_end = tl.zeros([L, N], tl.float32)
@@ -230,13 +249,15 @@ def gradients(
     b = rows(b_in, base, exists, H, 0, L, N, N)
     dK_end *= tail
     dB_end *= tail
-    dG_L = whole * dG_L + tl.sum(k * dK_end + b * dB_end, 0)
+    to_end = k * dK_end + b * dB_end
+    dG_L = whole * dG_L + tl.sum(to_end, 0)
+    dG -= to_end
     dK += dK_end
     dB += dB_end
     put_rows(dk, base, tl.where(there, dK, 0.0), inside, H, 0, L, N, N)
     put_rows(db, base, tl.where(there, dB, 0.0), inside, H, 0, L, N, N)
     # Sums over the later tokens of the same segment, which `upto` transposed has.
-    dg = dot(tl.trans(tl.where(upto, 1.0, 0.0)), dG - k * dK - b * dB + dX, "tf32x3") - dX
+    dg = dot(tl.trans(tl.where(upto, 1.0, 0.0)), dG + dX, "tf32x3") - dX
     dg += tl.where((segment == tl.max(segment, 0))[:, None], dG_L[None, :], 0.0)
     forgets = rows(w_in, base, exists, H, 0, L, N, N) < FLOOR
     put_rows(dw, base, tl.where(there & (forgets == 0), dg, 0.0), inside, H, 0, L, N, N)
