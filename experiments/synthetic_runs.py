@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from wkv.evaluation.synthetic.plan import Changes
 from wkv.evaluation.synthetic.plot import plot
 from wkv.evaluation.synthetic.report import markdown
 from wkv.speed.evidence import evidence
+
+Draw = Callable[[dict[str, Any], Path], None]
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Lines(Watch):
         print(f"{run.name}  {found}  ({row['steps']} steps, {row['seconds']:.0f} s{', known' * known})", flush=True)
 
 
-def main(studies: Study | Sequence[Study], about: str | None) -> None:
-    """The command line of an experiment."""
+def main(studies: Study | Sequence[Study], about: str | None, draw: Draw = plot) -> None:
+    """The command line of an experiment; `draw` makes the picture of a result."""
     studies = [studies] if isinstance(studies, Study) else list(studies)
     folder = studies[0].folder
     labels = [Contender.parse(text).label for text in studies[0].contenders]
@@ -96,13 +98,14 @@ def main(studies: Study | Sequence[Study], about: str | None) -> None:
         for study in studies:
             if options.tasks and study.task not in options.tasks:
                 continue
-            _run(study.quick() if options.quick else study, options, runs, None if part else folder, len(studies) > 1)
+            place = None if part else folder
+            _run(study.quick() if options.quick else study, options, runs, place, len(studies) > 1, draw)
     except KeyboardInterrupt:
         print(f"\nstopped; what is finished is in {runs}, and the same command goes on from there")
         sys.exit(130)
 
 
-def _run(study: Study, options: argparse.Namespace, runs: Path, folder: Path | None, several: bool) -> None:
+def _run(study: Study, options: argparse.Namespace, runs: Path, folder: Path | None, several: bool, draw: Draw) -> None:
     """Train, print, and write the files of the experiment if everything was run."""
     contenders = [Contender.parse(text) for text in study.contenders]
     chosen = [one for one in contenders if not options.contenders or one.label in options.contenders]
@@ -114,7 +117,7 @@ def _run(study: Study, options: argparse.Namespace, runs: Path, folder: Path | N
     ending = f"_{study.task}" if several else ""
     books = evidence(folder / "run.py", ["--quick"] * options.quick, ("torch", "numpy"))
     write_json(place / f"result{ending}.json", {**books, **found, "runs": [_short(row) for row in found["runs"]]})
-    plot(found, place / f"plot{ending}.png")
+    draw(found, place / f"plot{ending}.png")
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from figure import draw  # noqa: E402
 from synthetic_runs import Study, main  # noqa: E402
 
 WIDTHS = (16, 32, 64)
@@ -44,4 +45,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-    main(STUDY, __doc__)
+    main(STUDY, __doc__, draw)
