@@ -102,7 +102,7 @@ def recurrent_op(
         *_compact(r, log_w, k, v, u, state),
         y,
         final,
-        *_flags(mask, reset),
+        *gpu.flags(mask, reset),
         length,
         heads,
         N=size,
@@ -239,7 +239,7 @@ def _pass_states(
         pass_states,
         (batch * heads * (size // cut.state_keys),),
         *(x, z, log_w, initial, borders, final),
-        *_flags(mask, reset),
+        *gpu.flags(mask, reset),
         length,
         heads,
         L=cut.length,
@@ -274,7 +274,7 @@ def _mix(
         mix,
         (batch * heads * borders.shape[2],),
         *(r, k, log_w, u, x, borders, out),
-        *_flags(mask, reset),
+        *gpu.flags(mask, reset),
         length,
         heads,
         L=cut.length,
@@ -316,7 +316,7 @@ def _differentiate(
         (batch * heads * chunks * (size // cut.keys),),
         *(r, log_w, k, v, u, dy, starts, ends),
         *(dr, dlog_w_parts if constant else dlog_w, dk, du_parts),
-        *_flags(mask, reset),
+        *gpu.flags(mask, reset),
         length,
         heads,
         L=cut.length,
@@ -363,7 +363,3 @@ def _new_borders(v: Tensor) -> Tensor:
 
 def _compact(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
-
-
-def _flags(*flags: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous().view(torch.uint8) for x in flags]
