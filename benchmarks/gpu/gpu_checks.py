@@ -147,7 +147,8 @@ def against_float64(operator: str, dtype: str, backend: str, device: Device) -> 
     case = Case(operator, 2, length, heads, size, getattr(torch, dtype))
     given = {name: x.requires_grad_() for name, x in arguments(case, device.torch, seed=1).items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
-    dy = torch.randn(given["v"].shape, device=device.torch).to(case.dtype)
+    generator = torch.Generator(device.torch).manual_seed(1)
+    dy = torch.randn(given["v"].shape, generator=generator, device=device.torch).to(case.dtype)
     found, expected = (
         both(by_backend(operator, name), leaves, dy) for name, leaves in ((backend, given), ("reference", exact))
     )
