@@ -53,7 +53,8 @@ def taylor_attention(
 
     Returns:
         y [B, T, H, N] in the type of v, and the final (kv, z) in float32 (float64 if any argument is float64).
-        Arithmetic runs in the state's type.
+        Arithmetic runs in the state's type; GPU kernels round the operands of matrix products to the precision of v
+        (docs/numerics.md).
 
     Raises:
         WkvError: if shapes, types or devices do not fit together, or T is 0.
