@@ -63,7 +63,7 @@ def test_the_whole_run(script: Any, tmp_path: Path) -> None:
         assert row["skipped"] == {"fla": "fla runs on GPUs only"}
         assert row["differences"]["ours"] < 1e-5
     assert parts["decode"]["tiny fp32 B2"]["tokens_per_second"].keys() == {"graphs", "no graphs"}
-    assert "int4" in parts["decode"]["tiny skipped"]
+    assert parts["decode"]["tiny skipped"].keys() == {"int4, torch"}
     step = parts["training"]["2x32"]
     assert step["first_loss"]["ours"] == pytest.approx(step["first_loss"]["torch"], rel=1e-2)
     text = out.with_suffix(".md").read_text()
@@ -244,9 +244,10 @@ def test_weights_of_eight_bits() -> None:
     """torch's product, and the check before it is used."""
     decode = part("decode")
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    decode.check(weight, *decode.KINDS["int8"])
+    product, bar = decode.KINDS["int8, torch"]
+    decode.check(weight, product(weight), bar)
     with pytest.raises(RuntimeError, match=r"off by \d"):
-        decode.check(weight, Doubled, 0.02)
+        decode.check(weight, Doubled(weight), 0.02)
 
 
 class Doubled(torch.nn.Linear):

@@ -103,6 +103,30 @@ def run_stages(rows: list[Tensor], vectors: list[Tensor]) -> list[Any]:
     return [mixed, made, stages.reading(*rows, flat, vectors[0].view(-1, size), *vectors[1:3], 64e-5)]
 
 
+def packed(size: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Inputs of one token and of several, for `run_packed`."""
+    return torch.randn(1, 16 * size, dtype=dtype), torch.randn(2, 16 * size, dtype=dtype)
+
+
+def run_packed(*inputs: Tensor) -> list[Tensor]:
+    """Products with every kind of quantised weights, in place of an operator."""
+    from wkv.ops.gpu.packed import product
+    from wkv.quantization.packed import quantize
+
+    weight = torch.randn(64, inputs[0].shape[-1])
+    kinds = [quantize(weight, *kind) for kind in KINDS]
+    return [product(x, w.data, w.scale, int(w.kind[3:]), w.sparse, 64) for w in kinds for x in inputs]
+
+
+KINDS: tuple[tuple[Any, bool], ...] = (
+    ("int8", False),
+    ("int8", True),
+    ("int6", False),
+    ("int4", False),
+    ("int4", True),
+)
+# What is no operator of its own.
+OTHERS = {"stages": run_stages, "packed": run_packed}
 # Operator -> (module of its kernels, arguments).
 OPERATORS: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "wkv7": ("wkv7", wkv7),
@@ -112,6 +136,7 @@ OPERATORS: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] 
     "bi_wkv": ("bi_wkv", bi_wkv),
     "taylor_attention": ("taylor", taylor_attention),
     "stages": ("stages", stages),
+    "packed": ("packed", packed),
 }
 
 
@@ -160,9 +185,9 @@ class Compiler:
             "constants": {key: x for key, x in options.items() if key != "num_warps"},
             "shared": built.metadata.shared,
             **resources(built.asm["cubin"]),
-            "seconds": round(time.perf_counter() - began, 1),
         }
-        if row not in self.rows:
+        if row not in [{key: x for key, x in known.items() if key != "seconds"} for known in self.rows]:
+            row["seconds"] = round(time.perf_counter() - began, 1)
             self.rows.append(row)
             print(json.dumps(row), flush=True)
         if built.metadata.shared > SHARED[self.capability]:
@@ -201,7 +226,8 @@ def differentiate(outputs: Any) -> None:
             leaves += [x] * x.requires_grad
         else:
             waiting.extend(x)
-    torch.autograd.backward(leaves, [torch.zeros_like(x) for x in leaves])
+    if leaves:
+        torch.autograd.backward(leaves, [torch.zeros_like(x) for x in leaves])
 
 
 def main() -> None:
@@ -215,7 +241,7 @@ def main() -> None:
     compiler = Compiler(options.capability)
     for operator in options.operators:
         module, arguments = OPERATORS[operator]
-        run = run_stages if operator == "stages" else importlib.import_module(f"wkv.ops.gpu.{module}").run
+        run = OTHERS.get(operator) or importlib.import_module(f"wkv.ops.gpu.{module}").run
         for size in options.sizes:
             for name in options.types:
                 compiler.label = f"{operator} {size} {name}"

@@ -4,8 +4,8 @@ Every token is the most likely one, chosen on the device: nothing waits for the 
 time that the weights of a token, read once at the copy bandwidth of this device, would take, over the time it took; a
 second share counts the states as well, read and written once.
 
-8 and 4 bits use torch's own weight-only products on bfloat16 activations, for all linear layers. They are no part of
-the library: quantised models of the library run on a GPU through dequantisation.
+In 8 and 4 bits are all linear layers: with the library's kernels, the values of the channel mix in the order that skips
+inputs of zero, and with torch's own weight-only products on bfloat16 activations, to compare with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from wkv.inference.graphs import AFTER, GraphReader, unfit
 from wkv.inference.reading import ModelReader
 from wkv.layers.language_model import LanguageModel
+from wkv.quantization.modules import QuantizedLinear
+from wkv.quantization.packed import Kind, quantize
 from wkv.speed.files import bytes_per_token
 
 PRESETS = ("0.1b", "1.5b")
@@ -34,7 +36,7 @@ GROUP = 128  # weights that share a scale in 4 bits
 class Int8Linear(nn.Module):
     """y = x W^T with int8 weights and a scale per output, by torch."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, sparse: bool = False) -> None:
         super().__init__()
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
         self.register_buffer("codes", torch.round(weight.float() / scale[:, None]).to(torch.int8))
@@ -48,7 +50,7 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """y = x W^T with 4-bit weights and a scale per output and `GROUP` inputs, by torch."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, sparse: bool = False) -> None:
         super().__init__()
         groups = weight.float().unflatten(1, (-1, GROUP))
         scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-12)
@@ -63,8 +65,26 @@ class Int4Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
+class Ours:
+    """Makes layers of the library; matrices of one shape get the codes of the first, as quantising takes minutes."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.made = kind, {}  # type: ignore[var-annotated]
+
+    def __call__(self, weight: Tensor, sparse: bool = False) -> QuantizedLinear:
+        key = (weight.shape, sparse)
+        if key not in self.made:
+            self.made[key] = quantize(weight, self.kind, sparse)
+        return copy.deepcopy(QuantizedLinear(self.made[key])).to(weight.device)
+
+
 # The product, and how far it may be from that of the weights before they were rounded: 0.8 % and 11 % are usual.
-KINDS: dict[str, tuple[Callable[[Tensor], Any], float]] = {"int8": (Int8Linear, 0.02), "int4": (Int4Linear, 0.16)}
+KINDS: dict[str, tuple[Callable[[Tensor, bool], Any], float]] = {
+    "int8": (Ours("int8"), 0.02),
+    "int4": (Ours("int4"), 0.16),
+    "int8, torch": (Int8Linear, 0.02),
+    "int4, torch": (Int4Linear, 0.16),
+}
 
 
 def measure(device: Device, budget: Budget, limits: Row | None, save: Save) -> Row:
@@ -97,29 +117,31 @@ def measure(device: Device, budget: Budget, limits: Row | None, save: Save) -> R
 
 @torch.no_grad()
 def quantized(model: LanguageModel, kind: str) -> LanguageModel:
-    """A model with the same parameters but for its linear layers, after a check that torch's product is right.
+    """A model with the same parameters but for its linear layers, after a check that the product is right.
 
     Raises:
         RuntimeError: if it is not, or does not run here.
     """
     product, bar = KINDS[kind]
-    check(model.blocks[0].ffn.key.weight, product, bar)
+    for sparse in (False, True):
+        check(model.blocks[0].ffn.key.weight, product(model.blocks[0].ffn.key.weight, sparse), bar)
     result = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for name, layer in list(result.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, leaf = name.rpartition(".")
-            setattr(result.get_submodule(parent), leaf, product(layer.weight))
+            setattr(result.get_submodule(parent), leaf, product(layer.weight, leaf == "value" and ".ffn" in parent))
     return result
 
 
 @torch.no_grad()
-def check(weight: Tensor, product: Callable[[Tensor], Any], bar: float) -> None:
-    """Raise RuntimeError unless the product is about that of the weights."""
-    x = torch.randn(2, 3, weight.shape[1], device=weight.device).to(weight.dtype)
-    expected = x.float() @ weight.float().T
-    error = float((product(weight)(x).float() - expected).norm() / expected.norm())
-    if not error <= bar:
-        raise RuntimeError(f"torch's product is off by {error:.1%}")
+def check(weight: Tensor, layer: Any, bar: float) -> None:
+    """Raise RuntimeError unless the products with one token and with several are about those of the weights."""
+    for shape in ((1, 1), (2, 3)):
+        x = torch.randn(*shape, weight.shape[1], device=weight.device).to(weight.dtype)
+        expected = x.float() @ weight.float().T
+        error = float((layer(x).float() - expected).norm() / expected.norm())
+        if not error <= bar:
+            raise RuntimeError(f"the product is off by {error:.1%}")
 
 
 def measure_case(model: LanguageModel, batch: int, device: Device, budget: Budget, limits: Row | None) -> Row:

@@ -94,9 +94,11 @@ def test_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Some GPU, compute capability 9.0, 128.0 GiB" in shown()
     assert rows(found, "wkv7")["triton"]["usable"]
     assert found["would run"]["wkv7"] == {"sequences": "triton", "single tokens": "triton"}
+    assert found["quantised layers"].startswith("Triton kernels for up to 64 tokens")
     monkeypatch.setattr(gpu, "_old", lambda index: "needs compute capability 8.0, this GPU has 7.5")
     found = doctor.collect()
     assert "has 7.5" in rows(found, "wkv7")["triton"]["reason"]
+    assert found["quantised layers"].endswith("has 7.5")
     assert found["would run"]["wkv7"] == {"sequences": "chunked", "single tokens": "reference"}
 
 

@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
             name: [{"name": s.name, "usable": s.usable, "reason": s.reason} for s in ops.backends(name, device)]
             for name in OPERATORS
         },
+        "quantised layers": quantized_layers(device),
         "would run": {name: running(name, device) for name in OPERATORS},
         "models": wkv.list_models(),
     }
@@ -58,6 +59,23 @@ def running(operator: str, device: str) -> dict[str, str]:
     from wkv.ops import dispatch
 
     return {what: dispatch.would_run(operator, device, length) for what, length in LENGTHS.items()}
+
+
+def quantized_layers(device: str) -> str:
+    """What multiplies with weights in 8, 6 and 4 bits, or why that is plain torch."""
+    import torch
+
+    from wkv import native
+    from wkv.ops import gpu
+    from wkv.ops.gpu import packed
+
+    if device == "cpu":
+        reason = native.unavailable()
+        return "native kernels" if reason is None else f"plain torch, native kernels: {reason}"
+    reason = gpu.unusable(torch.device(device))
+    if reason is None:
+        return f"Triton kernels for up to {packed.MOST} tokens at a time, plain torch for more"
+    return f"plain torch, Triton kernels: {reason}"
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -112,7 +130,7 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console()
     facts = Table(show_header=False, box=None)
-    for key in ("wkv", "python", "system", "device", "cpu capability", "native kernels", "threads"):
+    for key in ("wkv", "python", "system", "device", "cpu capability", "native kernels", "quantised layers", "threads"):
         facts.add_row(key, str(report[key]))
     facts.add_row("gpu", described_gpu(report["gpu"]))
     facts.add_row("gpu kernels", described_triton(report["triton"]))

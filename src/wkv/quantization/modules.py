@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wkv import native
 from wkv.errors import WkvError
+from wkv.ops.gpu import packed as gpu
 from wkv.quantization.packed import Kind, Packed, num_bytes, padded_shape, quantize
 
 
@@ -25,7 +27,8 @@ class QuantizedLinear(nn.Module):
     """y = x W^T with W in 8, 6 or 4 bits; frozen, gradients flow to x.
 
     On the CPU the native kernels multiply the codes themselves (inputs rounded to 15 bits, relative to their largest
-    value); elsewhere, or without the native library, W is brought to float32 first.
+    value), and on a GPU those in Triton, for up to 64 tokens. Otherwise W is brought to a floating-point type first: on
+    a GPU that of x, elsewhere float32.
 
     Args:
         packed: the weights.
@@ -82,14 +85,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy,) = grads
-        return (dy.float() @ ctx.layer.dequantize()).to(dy.dtype), None
+        return in_floating_point(dy, ctx.layer.dequantize().T), None
 
 
 def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """x [..., K] -> x W^T [..., N] in the type of x."""
-    if x.device.type != "cpu" or not native.available():
-        return (x.float() @ layer.dequantize().T).to(x.dtype)
     packed = layer.packed
+    if gpu.fits(x, layer.in_features):
+        flat = x.reshape(-1, layer.in_features)
+        y = gpu.product(flat, packed.data, packed.scale, packed.bits, packed.sparse, layer.out_features)
+        return y.view(*x.shape[:-1], layer.out_features)
+    if x.device.type != "cpu" or not native.available():
+        return in_floating_point(x, packed.dequantize())
     rows, columns = packed.padded
     flat = x.detach().reshape(-1, layer.in_features).float().contiguous()
     y = torch.empty(flat.shape[0], rows)
@@ -100,6 +107,14 @@ def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
     if status != 0:
         raise MemoryError("the native kernels could not allocate their work space")
     return y[:, : layer.out_features].to(x.dtype).reshape(*x.shape[:-1], layer.out_features)
+
+
+def in_floating_point(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] -> x W^T [..., N] in the type of x, W in float32 [N, K]; on a GPU the product is of that type, too."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu":
+            return F.linear(x.float(), weight).to(x.dtype)
+        return F.linear(x, weight.to(x.dtype))
 
 
 class QuantizedEmbedding(nn.Module):

@@ -71,6 +71,11 @@ class Packed:
         return _FORMATS[self.kind, self.sparse]
 
     @property
+    def bits(self) -> int:
+        """Of a code: 8, 6 or 4."""
+        return int(self.kind.removeprefix("int"))
+
+    @property
     def padded(self) -> tuple[int, int]:
         """(N, K) as stored."""
         return padded_shape(self.kind, self.sparse, self.shape)
