@@ -82,7 +82,7 @@ def main(studies: Study | Sequence[Study], about: str | None, draw: Draw = plot)
     """The command line of an experiment; `draw` makes the picture of a result."""
     studies = [studies] if isinstance(studies, Study) else list(studies)
     folder = studies[0].folder
-    labels = [Contender.parse(text).label for text in studies[0].contenders]
+    labels = list(dict.fromkeys(Contender.parse(text).label for study in studies for text in study.contenders))
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps; results go to --runs, not here")
     parser.add_argument("--tasks", nargs="+", choices=[study.task for study in studies], default=None)
