@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import wkv
+from tests.ops.native_helpers import threads
 from wkv import native
 from wkv.cli import app
 from wkv.errors import WkvError
@@ -24,6 +25,7 @@ from wkv.speed.files import Shape, Weights, bytes_per_token, gguf_bytes, model_w
 from wkv.speed.plot import plot
 from wkv.speed.process import Worker, WorkerError
 from wkv.speed.rounds import Measured, Settings, Watch
+from wkv.speed.worker import Session
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.unavailable()}")
 SMALL = Shape(1, 64, vocab_size=256, decay_rank=32, iclr_rank=32, value_rank=32, gate_rank=32)
@@ -52,7 +54,11 @@ def broken_worker(code: str) -> tuple[str, ...]:
 
 
 @needs_native
-def test_command_writes_what_it_measured(tmp_path: Path) -> None:
+def test_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three contenders, as each starts a process; all of them: test_every_contender_of_ours."""
+    few = tuple(c for c in CONTENDERS if c.name in ("wkv fp32", "wkv int8", "wkv int4, mapped"))
+    monkeypatch.setattr("wkv.speed.contenders.CONTENDERS", few)
+    monkeypatch.setitem(rounds.QUICK, "bandwidth_bytes", 2**22)
     out = tmp_path / "bench.json"
     words = ["bench", "--shape", "tiny", "--quick", "--peers", "none", "--threads", "1", "--out", str(out)]
     result = CliRunner().invoke(app, words)
@@ -62,7 +68,7 @@ def test_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert set(found["skipped"]) == set(PEERS)
     assert {"what", "command", "versions", "hardware", "settings"} <= found.keys()
     shape = found["shapes"]["tiny"]
-    names = {c.name for c in CONTENDERS if c.program == "wkv"}
+    names = {c.name for c in few}
     assert shape["failed"] == {}
     assert set(shape["contenders"]) == set(shape["threads"]["1"]["contenders"]) == names
     assert len(shape["raw_rounds"]) == 2
@@ -147,6 +153,22 @@ def test_bytes_per_token(tmp_path: Path) -> None:
 
 
 # ---- workers ----
+
+
+@needs_native
+def test_every_contender_of_ours(tmp_path: Path) -> None:
+    """What its process does, in this one."""
+    weights = small_weights(tmp_path)
+    found = {}
+    with threads(1):
+        for contender in (c for c in CONTENDERS if c.program == "wkv"):
+            session = Session()
+            facts = session.load("wkv", str(weights.path(contender)), contender.weights, 8, None)
+            assert 0 < facts["bytes_read"] <= facts["bytes_stored"], contender
+            found[contender.name] = torch.tensor(session.logits([1, 2, 3], 1, 256)["logits"])
+            assert session.decode([1, 2], 1, 0.0, 2)["tokens"] == 2
+    for name, logits in found.items():
+        assert torch.cosine_similarity(logits, found["wkv fp32"], 0) > 0.95, name
 
 
 @pytest.mark.parametrize(
