@@ -36,7 +36,6 @@ COMMON = {
     "folder": HERE,
     "model": {"num_layers": 2, "hidden_size": 64},
     "frame": {},
-    "learning_rates": (3e-3, 1e-2),
 }
 TRAIN = {"steps": 400, "batch_size": 32, "eval_every": 100, "validation_samples": 256, "test_samples": 512}
 STUDIES = (
@@ -44,11 +43,12 @@ STUDIES = (
     # test is beyond.
     Study(
         task="first_token_recall", options={"vocab_size": 16, "min_gap": 0, "max_gap": max(GAPS)},
-        lengths=tuple(gap + 2 for gap in (*GAPS, BEYOND)), train=TRAIN, contenders=contenders(16), **COMMON,
+        lengths=tuple(gap + 2 for gap in (*GAPS, BEYOND)), train=TRAIN, contenders=contenders(16),
+        learning_rates=(3e-3, 1e-2), **COMMON,
     ),
     Study(
         task="selective_copying", options={"vocab_size": 16, "length": 64, "tokens": 8}, lengths=(),
-        train={**TRAIN, "steps": 800}, contenders=contenders(8), **COMMON,
+        train={**TRAIN, "steps": 800}, contenders=contenders(8), learning_rates=(3e-3, 1e-2, 3e-2), **COMMON,
     ),
 )  # fmt: skip
 
