@@ -43,6 +43,11 @@ STUDIES = (
         task="group_s3", options={"min_length": 3, "max_length": 10}, lengths=(10, 20, 40, 80),
         train={**TRAIN, "steps": 2500}, **COMMON,
     ),
+    # One length, one answer, at the end: nothing to climb up by from shorter sequences.
+    Study(
+        task="parity", options={"min_length": 12, "max_length": 12}, lengths=(12, 24, 48, 96),
+        train={**TRAIN, "steps": 2000}, **{**COMMON, "contenders": CONTENDERS[3:5], "seeds": range(5)},
+    ),
 )  # fmt: skip
 
 if __name__ == "__main__":
