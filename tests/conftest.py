@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load it before test modules ask whether the kernels are available.
 
     Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before anything imports triton.
+    Processes that tests start share the cores with other workers: with two threads each they would wait for each other.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if path := config.getoption("--native-library"):
