@@ -115,7 +115,7 @@ def run_packed(*inputs: Tensor) -> list[Tensor]:
 
     weight = torch.randn(64, inputs[0].shape[-1])
     kinds = [quantize(weight, *kind) for kind in KINDS]
-    return [product(x, w.data, w.scale, int(w.kind[3:]), w.sparse, 64) for w in kinds for x in inputs]
+    return [product(x, w.data, w.scale, w.bits, w.sparse, 64) for w in kinds for x in inputs]
 
 
 KINDS: tuple[tuple[Any, bool], ...] = (

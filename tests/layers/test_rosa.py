@@ -121,6 +121,8 @@ def test_documents_do_not_see_each_other() -> None:
         ({"k": torch.full((1, 4, 2), -1)}, "symbols of k must be 0 or more, found -1"),
         ({"mask": torch.ones(1, 4)}, "mask must be bool"),
         ({"state": RosaState(*[torch.zeros(2, 1, 2, dtype=torch.int64)] * 3)}, "state.keys has shape"),
+        ({"state": RosaState(*(torch.zeros(1, n, 2, dtype=torch.int64) for n in (2, 1, 2)))}, "state.values has shape"),
+        ({"state": RosaState(*[torch.zeros(1, 1, 2)] * 3)}, "state.keys must be int64"),
     ],
 )
 def test_bad_arguments(change: dict[str, Tensor], message: str) -> None:

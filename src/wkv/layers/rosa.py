@@ -59,7 +59,7 @@ class Rosa(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Normed input [B, T, C] -> output [B, T, C], the new state: `shift` [B, C] and the slots of `RosaState`.
 
-        The state grows with every token. Gradients stop at it.
+        The state grows with every token. No gradients flow to earlier tokens but through `shift`.
         """
         timeline = timeline or Timeline()
         carried = state or {"shift": torch.zeros_like(z_BTC[:, 0])}

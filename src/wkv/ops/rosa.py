@@ -118,8 +118,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, state: RosaState | None, mask: Tenso
             raise WkvError(f"rosa: {name} must be int64 on {q.device}, found {x.dtype} on {x.device}")
         if bool((x < 0).any()):
             raise WkvError(f"rosa: symbols of {name} must be 0 or more, found {int(x.min())}")
-    for name, x in state._asdict().items() if state is not None else ():
-        wanted = (q.shape[0], x.shape[1] if x.ndim == 3 else 0, q.shape[2])
-        common.check_shape("rosa", f"state.{name}", x, wanted)
+    if state is not None:
+        size = state.keys.shape[1] if state.keys.ndim == 3 else 0
+        for name, x in state._asdict().items():
+            common.check_shape("rosa", f"state.{name}", x, (q.shape[0], size, q.shape[2]))
+            if x.dtype != torch.int64 or x.device != q.device:
+                raise WkvError(f"rosa: state.{name} must be int64 on {q.device}, found {x.dtype} on {x.device}")
     common.check_flags("rosa", "mask", mask, q)
     common.check_flags("rosa", "reset", reset, q)

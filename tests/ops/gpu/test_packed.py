@@ -75,6 +75,15 @@ def test_long_rows_are_divided(kind: Kind, sparse: bool, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("sparse", [False, True])
+def test_opcheck(sparse: bool) -> None:
+    made = layer("int8", sparse, 20, 300)
+    checks = ("test_schema", "test_faketensor")
+    for count in (1, 2):
+        given = (rows(count, 300, torch.bfloat16), made.data, made.scale, 8, sparse, 20)
+        torch.library.opcheck(packed.product, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.usefixtures("forced")
 def test_shapes_and_strides(sparse: bool) -> None:
     made = layer("int8", sparse)
